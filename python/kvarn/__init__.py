@@ -1,0 +1,1 @@
+"""kvarn: a quantised KV cache for LLM inference."""
