@@ -1,1 +1,4 @@
 //! Part of kvarn; see ARCHITECTURE.md.
+#![forbid(unsafe_code)]
+
+pub mod tables;
