@@ -17,13 +17,13 @@ mod batch;
 mod error;
 mod handle;
 mod ids;
-#[cfg(test)]
-mod model_tests;
 mod plan;
 mod pool;
 mod rule;
 mod stats;
 mod step;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use batch::BatchView;
