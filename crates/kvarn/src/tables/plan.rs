@@ -1,4 +1,5 @@
-//! Planning a step, and closing it. All pages and slots are allocated here, and all writes are decided here.
+//! Planning a step, and closing it. All pages and slots are allocated here, and all writes are
+//! decided here.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,12 +13,13 @@ use super::{
 };
 
 impl Tables {
-    /// Plans a step that appends `counts[i]` tokens to `sequences[i]` and keeps the newest `hold[i]` of them
-    /// uncommitted; what was held before is committed. Pages and slots are reserved for all of it, or nothing changes.
+    /// Plans a step that appends `counts[i]` tokens to `sequences[i]` and keeps the newest
+    /// `hold[i]` of them uncommitted; what was held before is committed. Pages and slots are
+    /// reserved for all of it, or nothing changes.
     ///
-    /// A count may be 0 where the step commits tokens that were held. The sequences stay as they are until
-    /// [`finish`](Self::finish), and no other call changes them until then. A dropped plan is still an open step:
-    /// finish or abandon it.
+    /// A count may be 0 where the step commits tokens that were held. The sequences stay as they
+    /// are until [`finish`](Self::finish), and no other call changes them until then. A dropped
+    /// plan is still an open step: finish or abandon it.
     pub fn plan_step(
         &mut self,
         sequences: &[SequenceId],
@@ -39,7 +41,11 @@ impl Tables {
             let state = self.existing(sequence);
             state.step = Some(id);
             let before = state.view.clone();
-            let parts = demands[index].allocate(
+            let Parts {
+                after,
+                writes,
+                seals,
+            } = demands[index].allocate(
                 &self.rule,
                 &before,
                 first_row,
@@ -47,11 +53,6 @@ impl Tables {
                 &mut self.slots,
             );
             let (count, hold) = (counts[index], hold[index]);
-            let Parts {
-                after,
-                writes,
-                seals,
-            } = parts;
             plans.push(SequencePlan {
                 id: sequence,
                 count,
@@ -75,7 +76,8 @@ impl Tables {
         Ok(plan)
     }
 
-    /// Makes what a step planned the state of its sequences, and releases the slots of the tiles it sealed.
+    /// Makes what a step planned the state of its sequences, and releases the slots of the tiles it
+    /// sealed.
     pub fn finish(&mut self, step: StepId) -> Result<(), TableError> {
         let plan = self.close(step)?;
         for sequence in &plan.sequences {
@@ -84,9 +86,11 @@ impl Tables {
         Ok(())
     }
 
-    /// Takes a step back: its sequences are as before, the pages and slots it reserved are free again.
+    /// Takes a step back: its sequences are as before, the pages and slots it reserved are free
+    /// again.
     ///
-    /// Layers already appended may have written behind the stored tokens of a slot; nothing reads that.
+    /// Layers already appended may have written behind the stored tokens of a slot; nothing reads
+    /// that.
     pub fn abandon(&mut self, step: StepId) -> Result<(), TableError> {
         let plan = self.close(step)?;
         for SequencePlan { before, after, .. } in &plan.sequences {

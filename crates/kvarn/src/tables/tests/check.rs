@@ -91,7 +91,8 @@ impl World {
     }
 }
 
-/// Each id has the references that the tables account for, and no tile shares it. What is free is wiped.
+/// Each id has the references that the tables account for, and no tile shares it. What is free is
+/// wiped.
 fn check_references(ids: &Ids, references: &[u32], memory: &mut [Vec<u64>]) {
     for (id, &expected) in references.iter().enumerate() {
         assert_eq!(ids.references(id), expected, "references of id {id}");
@@ -104,7 +105,8 @@ fn check_references(ids: &Ids, references: &[u32], memory: &mut [Vec<u64>]) {
     assert_eq!((ids.used(), ids.unused()), (used, references.len() - used));
 }
 
-/// Counts each id of a sequence once per tile, over the tables before and after its open step; returns how many.
+/// Counts each id of a sequence once per tile, over the tables before and after its open step;
+/// returns how many.
 fn held(tables: &[Vec<i32>], references: &mut [u32]) -> usize {
     let mut total = 0;
     for tile in 0..tables.iter().map(Vec::len).max().unwrap_or(0) {
