@@ -290,7 +290,7 @@ class Step:
         self._finished = True
 
     def _sealed_stop(self, stop: int, committed: int) -> int:
-        """First tile that is not sealed; it never falls, though a truncation may shorten the recent window."""
+        """First tile that is not sealed; never falls, though a truncation may shorten the recent window."""
         return max(stop, (committed - self._pool.cfg.recent_tokens) // self._pool.cfg.group)
 
     def _seal(self, stored: Layer, sealed: range) -> Layer:
