@@ -2,10 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kvarn.reference import contract, encode, layout, matrix
+from kvarn.reference import contract, encode, layout, matrix, normalization
+from kvarn.reference.branches import outcomes
 from kvarn.reference.codec import to_slot
 from kvarn.reference.normalization import iterates
-from kvarn.reference.rounding import Counts
+from kvarn.reference.refit import refit_rows
+from kvarn.reference.rounding import Counts, codes_of, quantize_rows
 
 
 @pytest.fixture
@@ -80,6 +82,96 @@ def test_another_iterate_passes_only_if_it_ties(tile, settings):
         verdict = contract.judge_matrix(m, other, "key", 4, cfg)
         assert verdict.passed is expected
         assert (index in verdict.admissible) is expected
+
+
+def plain_std(x, axis):
+    return np.std(x, axis=axis, ddof=1, dtype=np.float32)
+
+
+def reciprocal_balance(m, column, row):
+    return m * (1 / column)[..., None, :] * (1 / row)[..., :, None]
+
+
+def plain_refit(b, codes, s, lo, bits, rounds=4):
+    for _ in range(rounds):
+        q = codes.astype(np.float32)
+        q_mean, b_mean = q.mean(-1), b.mean(-1)
+        q_distance = q - q_mean[..., None]
+        variance = (q_distance * q_distance).mean(-1)
+        s = (q_distance * (b - b_mean[..., None])).mean(-1) / variance
+        lo = b_mean - s * q_mean
+        codes = codes_of(b, s, lo, bits)
+    return codes, s, lo
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("refit", [False, True])
+def test_an_encoder_with_other_rounding_errors_passes(bits, refit, settings, rng, monkeypatch):
+    cfg = settings(key_bits=bits, value_bits=bits, refit=refit)
+    channels, heads = (
+        np.exp(0.8 * rng.standard_normal((2, 16, 1, 128))),
+        rng.standard_normal((2, 16, 128, 128)),
+    )
+    k, v = (channels * heads).astype(np.float16).astype(np.float32)
+    with monkeypatch.context() as other:
+        other.setattr(normalization, "sample_std", plain_std)
+        other.setattr(normalization, "balance", reciprocal_balance)
+        other.setattr(matrix, "balance", reciprocal_balance)
+        other.setattr(matrix, "refit_rows", plain_refit)
+        record = encode(k, v, cfg, rotated=True)
+    verdicts = [one for tile in range(16) for one in contract.judge(k[tile], v[tile], record[tile], cfg)]
+    assert all(one.passed for one in verdicts), [one for one in verdicts if not one.passed]
+    changed_records = (record != encode(k, v, cfg, rotated=True)).any(axis=1).sum()
+    print(
+        f"{bits} bit, refit {refit}: {changed_records} of 16 records differ, at most "
+        f"{max(one.ulps for one in verdicts)} ulps, {contract.mismatch_rate(verdicts):.1e} of the codes"
+    )
+    assert changed_records > 0
+
+
+@pytest.mark.parametrize("rounds", [0, 3, 5])
+def test_another_number_of_refit_rounds_fails(rounds, tile, settings, monkeypatch):
+    cfg = settings()
+    right = matrix.refit_rows
+    with monkeypatch.context() as other:
+        other.setattr(matrix, "refit_rows", lambda *given: right(*given, rounds=rounds))
+        wrong = encoded(tile, cfg, bits=2)
+    assert not contract.judge_matrix(tile, wrong, "key", 2, cfg).passed
+    assert contract.judge_matrix(tile, encoded(tile, cfg, bits=2), "key", 2, cfg).passed
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "limit"),
+    [
+        ("key", "row_scale", 1),
+        ("key", "row_zero", 1),
+        ("key", "column_scale", 1),
+        ("value", "row_scale", 2),
+        ("value", "row_zero", 2),
+        ("value", "column_scale", 1),
+    ],
+)
+def test_limits_with_refit(side, name, limit, tile, settings):
+    cfg = settings()
+    right = matrix.encode(tile[None], side, 4, cfg.iterations, True, Counts())
+    for by in (1, 2, 3):
+        verdict = contract.judge_matrix(tile, changed(right, name, (5,), by), side, 4, cfg)
+        assert verdict.ulps == by
+        assert verdict.passed == (by <= limit)
+
+
+def test_outcomes_follow_a_tie_both_ways():
+    # Range 0 … 3 at 2 bit: s = 1, so 1.5 lies on a boundary; half even takes 2.
+    row = np.array([0, 1.5, 3, 0, 1, 2, 3, 3, 0, 1, 2.2, 0.9, 3, 0, 1.1, 2], np.float32)
+    found = outcomes(row, 2)
+    codes, s, lo = refit_rows(row[None], *quantize_rows(row[None], 2), 2)
+    np.testing.assert_array_equal(found[0][0], codes[0])
+    assert (found[0][1], found[0][2]) == (s[0], lo[0])
+    assert len(found) == 2
+    assert sorted(int(one[0][1]) for one in found) == [1, 2]
+    assert found[0][1] != found[1][1]
+    row[1] = 1.6
+    assert len(outcomes(row, 2)) == 1
 
 
 def test_half_ulps_across_zero_and_infinity():
