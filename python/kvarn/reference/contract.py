@@ -9,9 +9,12 @@ A matrix passes if, for one of them, every parameter is within 1 half ulp and at
 1, and, where all codes are equal, the reconstructions agree within 2.5e-3 relative L2. Over a file at most
 1e-5 of the codes may differ: `mismatch_rate` gives that figure.
 
-Refit adds two more ties. A code on a rounding boundary steers the next fit of its row, so each row may be any
-of its `branches.outcomes`. And the token scale of V is measured against s_tok and z_tok rounded to half:
-where one of them lies between two halves the factor differs by an ulp, so the products may be 2 ulps apart.
+Refit adds three more ties. A code on a rounding boundary steers the next fit of its row, so each row may be
+any of its `branches.outcomes`. A fitted offset is a difference of means, so near zero its last digits are
+noise: it may also be within 1e-6·2^bits of its row's scale. And the token scale of V is measured against
+    s_tok
+and z_tok rounded to half: where one of them lies between two halves the factor differs by an ulp, so the
+products may be 2 ulps apart.
 
 Parameters compare in folded form (range guards applied): fold records of other formats first.
 """
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvarn.reference import layout, matrix
-from kvarn.reference.branches import outcomes
+from kvarn.reference.branches import EDGE, outcomes
 from kvarn.reference.matrix import Matrix, Side
 from kvarn.reference.normalization import balance, best, iterates
 from kvarn.reference.refit import prescale
@@ -48,7 +51,7 @@ class Verdict:
         iterate: the iterate of that encoding, 0 the identity.
         kept: the iterate that the reference keeps.
         admissible: all iterates that may be kept.
-        ulps: largest distance of a parameter in half ulps.
+        ulps: largest distance of a parameter in half ulps, offsets within their noise left out.
         codes: number of codes that differ.
         code_step: largest difference of a code.
         reconstruction: relative L2 distance of the reconstructions.
@@ -90,12 +93,17 @@ def judge_matrix(m: Float32, given: Matrix, side: Side, bits: int, cfg: Settings
     kept = int(best(found.imbalance)[0])
     near = found.imbalance[:, 0] <= found.imbalance[kept, 0] * np.float32(1.0 + IMBALANCE_TOLERANCE)
     admissible = tuple(int(index) for index in np.flatnonzero(near)) or (kept,)
-    row_limit = ULPS_OF_REPAIRED_ROWS if cfg.refit and side == "value" else ULPS
+    limits = _Limits(
+        row_ulps=ULPS_OF_REPAIRED_ROWS if cfg.refit and side == "value" else ULPS,
+        offset=EDGE * 2**bits if cfg.refit else 0.0,
+    )
     verdicts = []
     for index in admissible:
-        expected = _expected(batch, p, found.column[index], found.row[index], side, bits, cfg.refit, given)
-        verdicts.append(_compare(expected, given, row_limit, index, kept, admissible))
-    return min(verdicts, key=lambda one: (not one.passed, one.codes, one.ulps, one.iterate != kept))
+        expected = _expected(
+            batch, p, found.column[index], found.row[index], side, bits, cfg.refit, given, limits
+        )
+        verdicts.append(_compare(expected, given, limits, index, kept, admissible))
+    return min(verdicts, key=lambda one: (not one.passed, one.ulps, one.codes, one.iterate != kept))
 
 
 def mismatch_rate(verdicts: Iterable[Verdict]) -> float:
@@ -114,8 +122,24 @@ def half_ulps(a: Float16, b: Float16) -> Integers:
     return np.asarray(np.abs(ordered(a) - ordered(b)))
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Half ulps of a row parameter, and how far an offset may be off in steps of its row."""
+
+    row_ulps: int
+    offset: float
+
+
 def _expected(
-    m: Float32, p: Float32, column: Float32, row: Float32, side: Side, bits: int, refit: bool, given: Matrix
+    m: Float32,
+    p: Float32,
+    column: Float32,
+    row: Float32,
+    side: Side,
+    bits: int,
+    refit: bool,
+    given: Matrix,
+    limits: _Limits,
 ) -> Matrix:
     """Reference encoding with these scales; of the outcomes of each row, the one closest to `given`."""
     b = balance(matrix.scaled(m, p), column, row)
@@ -123,19 +147,19 @@ def _expected(
 
     def absorbed() -> Matrix:
         row_scale, row_zero = row * (s * p[:, None]), row * (lo * p[:, None])
-        return matrix.absorb(m, codes, row_scale, row_zero, column, side, refit, Counts())
+        return matrix.absorb(m, codes.copy(), row_scale, row_zero, column, side, refit, Counts())
 
     expected = absorbed()
     if not refit:
         return expected
-    wrong_codes, ulps = _row_differences(expected, given)
-    for r in np.flatnonzero((wrong_codes > 0) | (ulps > ULPS)):
+    wrong_codes, ulps = _row_differences(expected, given, limits)
+    for r in np.flatnonzero((wrong_codes > 0) | (ulps > limits.row_ulps)):
         best_distance = None
         for outcome in outcomes(b[0, r], bits):
             kept_row = codes[0, r].copy(), s[0, r], lo[0, r]
             codes[0, r], s[0, r], lo[0, r] = outcome
             candidate = absorbed()
-            wrong_codes, ulps = _row_differences(candidate, given)
+            wrong_codes, ulps = _row_differences(candidate, given, limits)
             distance = (wrong_codes[r], ulps[r])
             if best_distance is None or distance < best_distance:
                 best_distance, expected = distance, candidate
@@ -144,18 +168,19 @@ def _expected(
     return expected
 
 
-def _row_differences(a: Matrix, b: Matrix) -> tuple[Integers, Integers]:
+def _row_differences(a: Matrix, b: Matrix, limits: _Limits) -> tuple[Integers, Integers]:
     """Per row: how many codes differ, and the larger distance of scale and offset in half ulps."""
     codes = (a.codes[0] != b.codes[0]).sum(axis=-1)
-    ulps = np.maximum(half_ulps(a.row_scale[0], b.row_scale[0]), half_ulps(a.row_zero[0], b.row_zero[0]))
-    return codes, ulps
+    noise = np.abs(a.row_zero[0].astype(np.float64) - b.row_zero[0]) <= limits.offset * a.row_scale[0]
+    offset_ulps = np.where(noise, 0, half_ulps(a.row_zero[0], b.row_zero[0]))
+    return codes, np.maximum(half_ulps(a.row_scale[0], b.row_scale[0]), offset_ulps)
 
 
 def _compare(
-    expected: Matrix, given: Matrix, row_limit: int, iterate: int, kept: int, admissible: tuple[int, ...]
+    expected: Matrix, given: Matrix, limits: _Limits, iterate: int, kept: int, admissible: tuple[int, ...]
 ) -> Verdict:
     step = np.abs(expected.codes.astype(np.int64) - given.codes)
-    _, row_differences = _row_differences(expected, given)
+    _, row_differences = _row_differences(expected, given, limits)
     row_ulps = int(row_differences.max())
     column_ulps = int(half_ulps(expected.column_scale, given.column_scale).max())
     want, got = matrix.decode(expected).astype(np.float64), matrix.decode(given).astype(np.float64)
@@ -163,7 +188,7 @@ def _compare(
     relative = distance / norm if norm > 0 else (0.0 if distance == 0 else np.inf)
     codes, code_step = int((step > 0).sum()), int(step.max())
     passed = (
-        row_ulps <= row_limit
+        row_ulps <= limits.row_ulps
         and column_ulps <= ULPS
         and codes <= CODES
         and code_step <= 1

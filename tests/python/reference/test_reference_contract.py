@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kvarn.reference import contract, encode, layout, matrix, normalization
-from kvarn.reference.branches import outcomes
+from kvarn.reference.branches import EDGE, outcomes
 from kvarn.reference.codec import to_slot
 from kvarn.reference.normalization import iterates
-from kvarn.reference.refit import refit_rows
+from kvarn.reference.refit import prescale, refit_rows
 from kvarn.reference.rounding import Counts, codes_of, quantize_rows
 
 
@@ -88,10 +88,6 @@ def plain_std(x, axis):
     return np.std(x, axis=axis, ddof=1, dtype=np.float32)
 
 
-def reciprocal_balance(m, column, row):
-    return m * (1 / column)[..., None, :] * (1 / row)[..., :, None]
-
-
 def plain_refit(b, codes, s, lo, bits, rounds=4):
     for _ in range(rounds):
         q = codes.astype(np.float32)
@@ -115,8 +111,6 @@ def test_an_encoder_with_other_rounding_errors_passes(bits, refit, settings, rng
     k, v = (channels * heads).astype(np.float16).astype(np.float32)
     with monkeypatch.context() as other:
         other.setattr(normalization, "sample_std", plain_std)
-        other.setattr(normalization, "balance", reciprocal_balance)
-        other.setattr(matrix, "balance", reciprocal_balance)
         other.setattr(matrix, "refit_rows", plain_refit)
         record = encode(k, v, cfg, rotated=True)
     verdicts = [one for tile in range(16) for one in contract.judge(k[tile], v[tile], record[tile], cfg)]
@@ -126,7 +120,8 @@ def test_an_encoder_with_other_rounding_errors_passes(bits, refit, settings, rng
         f"{bits} bit, refit {refit}: {changed_records} of 16 records differ, at most "
         f"{max(one.ulps for one in verdicts)} ulps, {contract.mismatch_rate(verdicts):.1e} of the codes"
     )
-    assert changed_records > 0
+    if refit:  # else the test would say nothing about the ties of the row refit
+        assert changed_records > 0
 
 
 @pytest.mark.parametrize("rounds", [0, 3, 5])
@@ -158,6 +153,23 @@ def test_limits_with_refit(side, name, limit, tile, settings):
         verdict = contract.judge_matrix(tile, changed(right, name, (5,), by), side, 4, cfg)
         assert verdict.ulps == by
         assert verdict.passed == (by <= limit)
+
+
+def test_offsets_near_zero_may_be_noise(tile, settings):
+    cfg = settings(iterations=0)  # no normalisation: rows do not depend on each other, and shift exactly
+    for _ in range(3):
+        p = prescale(tile[None])
+        _, _, lo = matrix.quantize(tile[None] / p, 4, True)
+        tile[5] -= lo[0, 5] * p[0]
+    right = encoded(tile, cfg)
+    scale, offset = float(right.row_scale[0, 5]), float(right.row_zero[0, 5])
+    assert abs(offset) < 1e-6 * scale
+    for steps, expected in ((0.9 * EDGE * 2**4, True), (1.2 * EDGE * 2**4, False)):
+        zero = right.row_zero.copy()
+        zero[0, 5] = offset + steps * scale
+        given = replace(right, row_zero=zero)
+        assert contract.half_ulps(zero, right.row_zero).max() > 10
+        assert contract.judge_matrix(tile, given, "key", 4, cfg).passed is expected
 
 
 def test_outcomes_follow_a_tie_both_ways():
