@@ -11,10 +11,9 @@ A matrix passes if, for one of them, every parameter is within 1 half ulp and at
 
 Refit adds three more ties. A code on a rounding boundary steers the next fit of its row, so each row may be
 any of its `branches.outcomes`. A fitted offset is a difference of means, so near zero its last digits are
-noise: it may also be within 1e-6·2^bits of its row's scale. And the token scale of V is measured against
-    s_tok
-and z_tok rounded to half: where one of them lies between two halves the factor differs by an ulp, so the
-products may be 2 ulps apart.
+noise: it may also be within 1e-6·2^bits of its row's scale. And the token scale of V is measured against its
+s_tok and z_tok rounded to half: where one of them lies between two halves the factor differs by an ulp, so
+the products may be 2 ulps apart.
 
 Parameters compare in folded form (range guards applied): fold records of other formats first.
 """

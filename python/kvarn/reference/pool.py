@@ -113,7 +113,7 @@ class Pool:
         return Step(self, sequences, counts, holds)
 
     def truncate(self, sequence: Sequence, n: int) -> None:
-        """Keep the first n tokens; exact, as it only touches slots.
+        """Keep the first n tokens; exact, as it only touches slots. Held tokens that stay remain held.
 
         Raises:
             ValueError: n beyond the length, or inside or before a sealed tile.

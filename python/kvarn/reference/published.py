@@ -1,7 +1,7 @@
 """Published order: the record of the published KVarN code, for interchange; bits 2, 4 and 8 only.
 
-    K codes [D][G·bits/8] | s_chan[D] | z_chan[D] | s_tok[G] | V codes [G][D·bits/8] | s_chan[D] | s_tok[G] |
-    z_tok[G]
+    K: codes [D][G·bits/8], s_chan[D], z_chan[D], s_tok[G]
+    V: codes [G][D·bits/8], s_chan[D], s_tok[G], z_tok[G]
 
 Element c of a row sits in byte c // (8/bits), shift (c mod (8/bits))·bits. Parameters are halves, there is no
 padding. Published parameters are not range guarded: `from_published` folds them.

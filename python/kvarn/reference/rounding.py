@@ -46,7 +46,10 @@ def finite(x: npt.NDArray[np.generic], counts: Counts) -> Float32:
 
 
 def to_half(x: Float32, counts: Counts | None = None) -> Float16:
-    """Round to nearest even half; |x| > 65504 becomes ±65504 and is counted (also what would round down)."""
+    """Round to nearest even half; whatever exceeds ±65504 becomes ±65504 and is counted.
+
+    Also between 65504 and 65520, where plain rounding would give 65504 too.
+    """
     if counts is not None:
         counts.saturated += int((np.abs(x) > HALF_MAX).sum())
     return np.clip(x, -HALF_MAX, HALF_MAX).astype(np.float16)
