@@ -15,6 +15,7 @@ mod side;
 
 pub mod codec;
 pub mod record;
+pub mod tables;
 
 pub use bits::Bits;
 pub use config::{Config, ConfigOptions, GROUPS, HEAD_DIMS};

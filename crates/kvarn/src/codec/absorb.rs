@@ -39,5 +39,7 @@ pub(super) fn round(values: &[f32], halves: &mut [f16], saturation: &mut Saturat
 pub(super) fn round_in_place(values: &mut [f32]) {
     // What saturates here is counted when the final value is stored.
     let mut uncounted = Saturation::default();
-    values.iter_mut().for_each(|value| *value = round_to_half(*value, &mut uncounted).to_f32());
+    for value in values {
+        *value = round_to_half(*value, &mut uncounted).to_f32();
+    }
 }

@@ -24,7 +24,7 @@ impl RangeGuard {
         }
         let mut exponent = exponent(round_to_11_bits(largest)) + 1;
         let column = column_scale.iter().copied().fold(0.0, f32::max);
-        while exponent > 0 && f64::from(column) * power(exponent) > 65504.0 {
+        while column.is_finite() && f64::from(column) * power(exponent) > 65504.0 {
             exponent -= 1;
         }
         Self { exponent }
@@ -34,7 +34,9 @@ impl RangeGuard {
     pub fn apply(self, row_scale: &mut [f32], row_zero: &mut [f32], column_scale: &mut [f32]) {
         let (down, up) = (power(-self.exponent), power(self.exponent));
         let multiply = |values: &mut [f32], factor: f64| {
-            values.iter_mut().for_each(|value| *value = (f64::from(*value) * factor) as f32)
+            for value in values {
+                *value = (f64::from(*value) * factor) as f32;
+            }
         };
         multiply(row_scale, down);
         multiply(row_zero, down);
@@ -95,7 +97,7 @@ mod tests {
             (1e-9, 2048.0, 1.0, 2),
             (0.0, 0.0, 1.0, 0),
             (1024.0, 0.0, 1e3, 6), // 2^11 would push the column scale beyond 65504
-            (1024.0, 0.0, 1e5, 0),
+            (1024.0, 0.0, 1e5, -1),
         ] {
             assert_eq!(RangeGuard::new(&[scale], &[zero], &[column]).exponent, k, "{scale} {zero} {column}");
         }

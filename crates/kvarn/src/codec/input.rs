@@ -1,7 +1,5 @@
 //! What happens to values before they are stored: non-finite ones become 0, rotated ones take the slot's type.
 
-use half::f16;
-
 use crate::{Saturation, round_to_half};
 
 /// Element type of a slot, hence of what the encoder sees.
@@ -46,13 +44,17 @@ pub fn zero_non_finite(values: &mut [f32]) -> u64 {
 pub fn round_to_slot(values: &mut [f32], slot: SlotType, saturation: &mut Saturation) {
     match slot {
         SlotType::Float16 => {
-            values.iter_mut().for_each(|value| *value = f16::to_f32(round_to_half(*value, saturation)))
-        }
-        SlotType::Float32 => values.iter_mut().for_each(|value| {
-            if value.abs() > RECORD_MAX {
-                saturation.0 += 1;
-                *value = RECORD_MAX.copysign(*value);
+            for value in values {
+                *value = round_to_half(*value, saturation).to_f32();
             }
-        }),
+        }
+        SlotType::Float32 => {
+            for value in values {
+                if value.abs() > RECORD_MAX {
+                    saturation.0 += 1;
+                    *value = RECORD_MAX.copysign(*value);
+                }
+            }
+        }
     }
 }

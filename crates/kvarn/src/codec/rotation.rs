@@ -31,7 +31,9 @@ impl Rotation {
             let (part, tail) = rest.split_at_mut(block);
             butterflies(part);
             let scale = (1.0 / (block as f64).sqrt()) as f32;
-            part.iter_mut().for_each(|value| *value *= scale);
+            for value in part.iter_mut() {
+                *value *= scale;
+            }
             rest = tail;
         }
     }
