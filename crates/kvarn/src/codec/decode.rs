@@ -2,74 +2,46 @@
 
 use half::f16;
 
-use crate::Side;
-use crate::record::{RecordLayout, Strides, unpack_codes};
+use crate::record::{MatrixLayout, ParameterOrder, Strides, unpack_codes};
 
 /// Working memory of [`decode_matrix`].
 #[derive(Clone, Debug, Default)]
 pub struct DecodeScratch {
     codes: Vec<u8>,
-    token: Vec<f32>,
-    token_zero: Vec<f32>,
-    channel: Vec<f32>,
-    channel_zero: Vec<f32>,
+    row_scale: Vec<f32>,
+    row_zero: Vec<f32>,
+    column_scale: Vec<f32>,
 }
 
-/// Decodes one side of `record` to `out`, `[group, head_dim]`, in the rotated frame.
+/// Decodes one matrix of `record` to `out`, `[rows, columns]`, in the rotated frame: K as `[head_dim, group]`, V as
+/// `[group, head_dim]`.
 ///
-/// K: `(q · s_chan + z_chan) · s_tok`; V: `(q · s_tok + z_tok) · s_chan`; float32.
+/// `(code · row_scale + row_zero) · column_scale`, float32.
 ///
 /// # Panics
-/// If a slice has another length than the layout says.
-pub fn decode_matrix(
-    layout: &RecordLayout,
-    side: Side,
-    record: &[u8],
-    scratch: &mut DecodeScratch,
-    out: &mut [f32],
-) {
-    let (group, head_dim) = (layout.group(), layout.head_dim());
-    assert_eq!((record.len(), out.len()), (layout.record_bytes, group * head_dim));
-    let matrix = layout.matrix(side);
-    scratch.codes.resize(group * head_dim, 0);
-    let strides = match side {
-        Side::Key => Strides { row: 1, column: head_dim },
-        Side::Value => Strides { row: head_dim, column: 1 },
-    };
-    unpack_codes(matrix.code_order, &record[matrix.codes.clone()], strides, &mut scratch.codes);
-    let read = |range: &std::ops::Range<usize>,
-                order: crate::record::ParameterOrder,
-                count: usize,
-                values: &mut Vec<f32>| {
-        let bytes = &record[range.clone()];
-        values.clear();
-        values.extend((0..count).map(|index| {
-            f16::from_le_bytes([bytes[order.byte(index)], bytes[order.byte(index) + 1]]).to_f32()
-        }));
-    };
-    let rows = scratch.codes.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
-    match side {
-        Side::Key => {
-            read(&matrix.row_scale, matrix.row_order(), head_dim, &mut scratch.channel);
-            read(&matrix.row_zero, matrix.row_order(), head_dim, &mut scratch.channel_zero);
-            read(&matrix.column_scale, matrix.column_order(), group, &mut scratch.token);
-            for ((codes, out), token) in rows.zip(&scratch.token) {
-                for (((value, &code), scale), zero) in
-                    out.iter_mut().zip(codes).zip(&scratch.channel).zip(&scratch.channel_zero)
-                {
-                    *value = (f32::from(code) * scale + zero) * token;
-                }
-            }
-        }
-        Side::Value => {
-            read(&matrix.column_scale, matrix.column_order(), head_dim, &mut scratch.channel);
-            read(&matrix.row_scale, matrix.row_order(), group, &mut scratch.token);
-            read(&matrix.row_zero, matrix.row_order(), group, &mut scratch.token_zero);
-            for ((codes, out), (token, zero)) in rows.zip(scratch.token.iter().zip(&scratch.token_zero)) {
-                for ((value, &code), scale) in out.iter_mut().zip(codes).zip(&scratch.channel) {
-                    *value = (f32::from(code) * token + zero) * scale;
-                }
-            }
+/// If a slice is shorter than the layout says.
+#[inline(always)]
+pub fn decode_matrix(layout: &MatrixLayout, record: &[u8], scratch: &mut DecodeScratch, out: &mut [f32]) {
+    let (rows, columns) = (layout.rows, layout.columns);
+    let strides = Strides { row: columns, column: 1 };
+    scratch.codes.resize(rows * columns, 0);
+    unpack_codes(layout.code_order, &record[layout.codes.clone()], strides, &mut scratch.codes);
+    read(&record[layout.row_scale.clone()], layout.row_order(), rows, &mut scratch.row_scale);
+    read(&record[layout.row_zero.clone()], layout.row_order(), rows, &mut scratch.row_zero);
+    read(&record[layout.column_scale.clone()], layout.column_order(), columns, &mut scratch.column_scale);
+    let parameters = scratch.row_scale.iter().zip(&scratch.row_zero);
+    let matrix = out[..rows * columns].chunks_exact_mut(columns).zip(scratch.codes.chunks_exact(columns));
+    for ((out, codes), (scale, zero)) in matrix.zip(parameters) {
+        for ((value, &code), column_scale) in out.iter_mut().zip(codes).zip(&scratch.column_scale) {
+            *value = (f32::from(code) * scale + zero) * column_scale;
         }
     }
+}
+
+fn read(bytes: &[u8], order: ParameterOrder, count: usize, values: &mut Vec<f32>) {
+    values.clear();
+    values.extend((0..count).map(|index| {
+        let at = order.byte(index);
+        f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+    }));
 }

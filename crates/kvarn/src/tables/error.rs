@@ -200,7 +200,8 @@ pub enum TableError {
     },
     /// Too few free pages or slots for a step.
     ///
-    /// Sequences are served in batch order, and one that does not fit takes nothing: without those listed the step fits.
+    /// Sequences are served in batch order, and one that does not fit takes nothing: without those
+    /// listed the step fits.
     #[error(
         "{}: expected the step to fit the pool of {pages} pages and {slots} slots; free sequences, append fewer tokens, or make the pool larger",
         listed(.lacking)

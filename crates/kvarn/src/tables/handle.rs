@@ -1,9 +1,11 @@
-//! Handles of sequences and steps: an old or foreign handle is recognised, never mistaken for a newer one.
+//! Handles of sequences and steps: an old or foreign handle is recognised, never mistaken for a
+//! newer one.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Names pools apart, so that the handle of one pool is refused by another. It says nothing about any pool.
+/// Names pools apart, so that the handle of one pool is refused by another. It says nothing about
+/// any pool.
 static NEXT_POOL: AtomicU64 = AtomicU64::new(0);
 
 pub(super) fn next_pool() -> u64 {
@@ -12,7 +14,8 @@ pub(super) fn next_pool() -> u64 {
 
 /// A sequence of one pool.
 ///
-/// The serial number is never used again in its pool: the handle of a freed sequence stays recognisable as freed.
+/// The serial number is never used again in its pool: the handle of a freed sequence stays
+/// recognisable as freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId {
     pub(super) pool: u64,

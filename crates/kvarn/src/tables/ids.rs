@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 /// Ids `0 .. total`, each free or held by a number of references.
 ///
-/// The lowest free id is handed out first: allocation is deterministic and the touched part of a pool stays as small
-/// as its use. The fields are a function of the references alone (the vector ends at the highest used id), so taking
-/// ids and giving them back restores an equal value.
+/// The lowest free id is handed out first: allocation is deterministic and the touched part of a
+/// pool stays as small as its use. The fields are a function of the references alone (the vector
+/// ends at the highest used id), so taking ids and giving them back restores an equal value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ids {
     total: usize,

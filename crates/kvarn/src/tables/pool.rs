@@ -11,8 +11,9 @@ use super::{
 
 /// The tables of one pool.
 ///
-/// Each entry of a sequence's tables is one reference to its page or slot; an open step holds one reference to each
-/// page and slot that it adds. Every call either does all it says or changes nothing.
+/// Each entry of a sequence's tables is one reference to its page or slot; an open step holds one
+/// reference to each page and slot that it adds. Every call either does all it says or changes
+/// nothing.
 #[derive(Debug)]
 pub struct Tables {
     pub(super) pool: u64,
@@ -32,7 +33,8 @@ pub(super) struct Sequence {
 }
 
 impl Tables {
-    /// Tables of an empty pool with this many pages and slots. Memory is used for what is in use only.
+    /// Tables of an empty pool with this many pages and slots. Memory is used for what is in use
+    /// only.
     pub fn new(rule: SealRule, pages: usize, slots: usize) -> Result<Self, TableError> {
         if pages > MAX_TOKENS {
             return Err(TableError::TooManyPages { pages });
@@ -73,12 +75,13 @@ impl Tables {
         self.sequence(id).map(|sequence| &sequence.view)
     }
 
-    /// Keeps the first `keep` tokens of a sequence and drops the rest, exactly: only tokens in slots can be dropped.
+    /// Keeps the first `keep` tokens of a sequence and drops the rest, exactly: only tokens in
+    /// slots can be dropped.
     ///
-    /// The kept tokens that were committed stay so: `committed = min(committed, keep)`. Slots without a kept token are
-    /// released; a tile kept in part keeps its slot, and the next step writes over what was dropped. With
-    /// `sink_tokens = group`, tile 0 can be cut while no later tile is sealed. Refused below the sealed boundary, beyond
-    /// the length, and in an open step.
+    /// The kept tokens that were committed stay so: `committed = min(committed, keep)`. Slots
+    /// without a kept token are released; a tile kept in part keeps its slot, and the next step
+    /// writes over what was dropped. With `sink_tokens = group`, tile 0 can be cut while no later
+    /// tile is sealed. Refused below the sealed boundary, beyond the length, and in an open step.
     pub fn truncate(&mut self, id: SequenceId, keep: usize) -> Result<(), TableError> {
         let view = &self.idle(id)?.view;
         if keep > view.length {
@@ -153,8 +156,8 @@ impl Tables {
             .expect("a checked sequence, or one of an open step, exists")
     }
 
-    /// Makes `after` what is stored; what only the old tables refer to is released. References that `after` adds are
-    /// already counted.
+    /// Makes `after` what is stored; what only the old tables refer to is released. References that
+    /// `after` adds are already counted.
     pub(super) fn replace_view(&mut self, id: SequenceId, after: SequenceView) {
         let sequence = self.existing(id);
         let before = std::mem::replace(&mut sequence.view, after);

@@ -9,8 +9,8 @@ pub const MAX_TOKENS: usize = i32::MAX as usize;
 ///
 /// - Tile `i` is sealed once `committed ≥ (i + 1)·group + recent_tokens`.
 /// - `sink_tokens = group`: tile 0 is never sealed; it has no page and stays in its slot.
-/// - `0 < sink_tokens < group`: tile 0 is sealed like others and also keeps its slot. Positions below `sink_tokens`
-///   are read from the slot, the rest of the tile from the page.
+/// - `0 < sink_tokens < group`: tile 0 is sealed like others and also keeps its slot. Positions
+///   below `sink_tokens` are read from the slot, the rest of the tile from the page.
 /// - `sink_tokens = 0`: tile 0 is like any other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SealRule {
@@ -20,8 +20,9 @@ pub struct SealRule {
 }
 
 impl SealRule {
-    /// Tokens per tile, tokens read from the sink slot for good (0 … `group`), and committed tokens that stay in
-    /// 16 bit (0 … `4·group`). Which of these values a codec supports is for its configuration to say.
+    /// Tokens per tile, tokens read from the sink slot for good (0 … `group`), and committed tokens
+    /// that stay in 16 bit (0 … `4·group`). Which of these values a codec supports is for its
+    /// configuration to say.
     pub fn new(group: usize, sink_tokens: usize, recent_tokens: usize) -> Result<Self, TableError> {
         if !(1..=MAX_TOKENS).contains(&group) {
             return Err(TableError::Group { group });
@@ -75,7 +76,8 @@ impl SealRule {
 
     /// One past the last tile that has a page once `committed` tokens are committed; 0 if none has.
     ///
-    /// A tile stays sealed when tokens are taken away again: this is the count that committing brings about.
+    /// A tile stays sealed when tokens are taken away again: this is the count that committing
+    /// brings about.
     pub fn sealed_tiles(&self, committed: usize) -> usize {
         let due = committed.saturating_sub(self.recent_tokens) / self.group;
         if due == 1 && !self.has_page(0) {
@@ -94,11 +96,13 @@ impl SealRule {
         }
     }
 
-    /// Most slots that one sequence ever holds, during a step too, where no step holds back more than `hold` tokens:
+    /// Most slots that one sequence ever holds, during a step too, where no step holds back more
+    /// than `hold` tokens:
     /// `[sink_tokens > 0] + 2·ceil((recent_tokens + group + hold - 1) / group)`.
     ///
-    /// At most `recent_tokens + group - 1` committed tokens are unsealed, plus those held back; the factor 2 stands for
-    /// a step, in which the slots of tiles being sealed and those of the new tail exist together.
+    /// At most `recent_tokens + group - 1` committed tokens are unsealed, plus those held back; the
+    /// factor 2 stands for a step, in which the slots of tiles being sealed and those of the new
+    /// tail exist together.
     pub fn slot_bound(&self, hold: usize) -> usize {
         let tail = self
             .recent_tokens

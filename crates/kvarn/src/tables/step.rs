@@ -6,8 +6,8 @@ use super::{SequenceId, SequenceView, StepId};
 
 /// One forward pass of a batch.
 ///
-/// In each layer a backend first copies `writes`, then encodes `seals`. Until then the layer is read through
-/// [`SequencePlan::before`], from then on through [`SequencePlan::after`].
+/// In each layer a backend first copies `writes`, then encodes `seals`. Until then the layer is
+/// read through [`SequencePlan::before`], from then on through [`SequencePlan::after`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepPlan {
     /// The step, for [`finish`](super::Tables::finish) and [`abandon`](super::Tables::abandon).

@@ -11,7 +11,8 @@ pub struct SequenceView {
     pub length: usize,
     /// Tokens committed; the newest `length - committed` are held and not sealed yet.
     pub committed: usize,
-    /// One past the last tile that has a page; 0 if none has. Tiles from here on are in slots, and may be rewritten.
+    /// One past the last tile that has a page; 0 if none has. Tiles from here on are in slots, and
+    /// may be rewritten.
     pub sealed: usize,
     /// Page of each tile, -1 where it has none: int32 `[tiles]`.
     pub block_table: Arc<Vec<i32>>,
@@ -44,7 +45,8 @@ pub struct Span {
 impl SequenceView {
     /// Every stored token, by ascending position, each in exactly one span.
     ///
-    /// A sealed tile 0 that holds some sinks gives two spans: the sinks from its slot, the rest from its page.
+    /// A sealed tile 0 that holds some sinks gives two spans: the sinks from its slot, the rest
+    /// from its page.
     pub fn spans(&self, rule: &SealRule) -> impl Iterator<Item = Span> + '_ {
         let rule = *rule;
         (0..self.block_table.len())
