@@ -30,8 +30,11 @@ pub(crate) fn encode(
     let (k, v) = (Lent::new("k", k)?, Lent::new("v", v)?);
     let (k, v) = (k.tensor(TILES)?, v.tensor(TILES)?);
     if check {
-        refuse_non_finite(py, "k", k, "tile", "token")?;
-        refuse_non_finite(py, "v", v, "tile", "token")?;
+        for (name, tensor) in [("k", k), ("v", v)] {
+            refuse_non_finite(py, name, tensor, |[tile, token, channel]| {
+                format!("tile {tile}, token {token}, channel {channel}")
+            })?;
+        }
     }
     let shape = [k.shape()[0], config.layout().record_bytes];
     let (records, counts) = detached(py, move || {
@@ -138,18 +141,18 @@ pub(crate) fn load_records(py: Python<'_>, path: PathBuf) -> PyResult<(Memory, C
     })
 }
 
-/// Refuses a tensor with a NaN or an infinity, naming its place by the words for the first two dimensions.
+/// Refuses a tensor with a NaN or an infinity; `place` says in words where an element is.
 pub(crate) fn refuse_non_finite(
     py: Python<'_>,
     name: &str,
     tensor: TensorRef<'_>,
-    outer: &str,
-    middle: &str,
+    place: impl Fn([usize; 3]) -> String,
 ) -> PyResult<()> {
     let found = attached(py, || Ok(py.detach(|| find_non_finite(tensor))))?;
-    found.map_or(Ok(()), |[i, j, k]| {
+    found.map_or(Ok(()), |index| {
         let text = format!(
-            "{name}[{i}, {j}, {k}] ({outer} {i}, {middle} {j}, channel {k}) is NaN or infinite: expected finite values; repair the input, or store such elements as 0 with check=False"
+            "{name}{index:?} ({}) is NaN or infinite: expected finite values; repair the input, or store such elements as 0 with check=False",
+            place(index)
         );
         Err(Class::NonFinite.error(py, text))
     })

@@ -4,6 +4,7 @@ use kvarn::{ConfigOptions, PRESETS};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
+use crate::arguments::natural;
 use crate::error::{Class, ToPython};
 
 /// What a cache stores: bit widths, tile length, head dim, encoder options, 16-bit tokens.
@@ -51,10 +52,7 @@ impl Config {
         sink_tokens: Option<i64>,
         recent_tokens: i64,
     ) -> PyResult<Self> {
-        let natural = |what: &str, value: i64| {
-            usize::try_from(value)
-                .map_err(|_| Class::Config.error(py, format!("{what} {value}: expected a number of 0 or more")))
-        };
+        let natural = |what: &str, value: i64| natural(py, Class::Config, what, value);
         let head_dim = natural("head_dim", head_dim)?;
         let mut options = match (name, key_bits, value_bits) {
             (Some(name), None, None) if group.is_none() => {

@@ -3,10 +3,13 @@
 //! Its Python face, documented for users, is the package `kvarn`; types are in `_kvarn.pyi`.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod arguments;
 mod codec;
 mod config;
 mod error;
 mod memory;
+mod pool;
+mod step;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -21,6 +24,10 @@ mod _kvarn {
     use crate::config::{Config, presets};
     #[pymodule_export]
     use crate::memory::Memory;
+    #[pymodule_export]
+    use crate::pool::{Pool, Sequence, Stats};
+    #[pymodule_export]
+    use crate::step::Step;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -91,15 +91,17 @@ impl Memory {
         dl_device: Option<(i32, i32)>,
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyCapsule>> {
-        let refused = |text: String| Err(PyBufferError::new_err(text));
+        let refused = |text: String| PyBufferError::new_err(text);
         if let Some(stream) = stream {
-            return refused(format!("stream {stream}: expected None; memory of the CPU has no stream"));
+            return Err(refused(format!("stream {stream}: expected None; memory of the CPU has no stream")));
         }
         if let Some(device) = dl_device.filter(|&device| device != self.dlpack_device()) {
-            return refused(format!("device {device:?}: expected (1, 0), the CPU; copy the view instead"));
+            let text = format!("device {device:?}: expected (1, 0), the CPU; copy the view instead");
+            return Err(refused(text));
         }
         if copy == Some(true) {
-            return refused("copy=True: expected False or None; copy the view instead".to_owned());
+            let text = "copy=True: expected False or None; copy the view instead";
+            return Err(refused(text.to_owned()));
         }
         if max_version.is_some_and(|(major, _)| major >= 1) {
             let managed = self.0.versioned();
@@ -113,7 +115,7 @@ impl Memory {
                 )
             }
         } else {
-            let managed = self.0.legacy().or_else(|error| refused(error.to_string()))?;
+            let managed = self.0.legacy().map_err(|error| refused(error.to_string()))?;
             // SAFETY: as above.
             unsafe {
                 PyCapsule::new_with_pointer_and_destructor(py, managed.cast(), LEGACY, Some(drop_legacy))
