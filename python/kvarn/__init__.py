@@ -28,7 +28,8 @@ from kvarn.errors import (
     StateError,
     TensorError,
 )
-from kvarn.pool import LayerShape, Pool, Sequence, Stats, Step
+from kvarn.pool import LayerShape, Pool, Sequence, Stats
+from kvarn.step import Step
 
 __all__ = [
     "CapacityError",

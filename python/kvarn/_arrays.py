@@ -32,11 +32,10 @@ def view(memory: Memory, like: Array) -> Array:
 
 def empty(shape: tuple[int, ...], like: Array, *, float32: bool = False) -> Array:
     """An uninitialised array of the kind of `like`, in its type or in float32."""
-    array: Array
-    if torch := torch_of(like):
-        array = torch.empty(shape, dtype=torch.float32 if float32 else like.dtype, device="cpu")
-    else:
-        array = np.empty(shape, dtype=np.float32 if float32 else like.dtype)
+    torch = torch_of(like)
+    framework: Any = torch or np
+    options = {"device": "cpu"} if torch else {}
+    array: Array = framework.empty(shape, dtype=framework.float32 if float32 else like.dtype, **options)
     return array
 
 

@@ -3,6 +3,7 @@
 import os
 from typing import Any, final
 
+__all__: list[str]
 __version__: str
 
 # Arrays are whatever can be lent through DLPack; the calls check them.

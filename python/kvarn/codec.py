@@ -82,12 +82,12 @@ def encode(
 ) -> Array | tuple[Array, EncodeCounts]:
     """Encodes tiles, each apart from the others.
 
-    Values are first rounded to what a pool's slot would hold (float16 for float16 and bfloat16 input, float32 for
-    float32), so these are the records that a pool makes of the same tokens.
+    Values are first rounded to what a pool's slot would hold (float16 for float16 and bfloat16 input, float32
+    for float32), so these are the records that a pool makes of the same tokens.
 
     Args:
-        k: Keys after RoPE, [tiles, group, head_dim]: float16, bfloat16 (torch) or float32, any strides of the first
-            two dimensions.
+        k: Keys after RoPE, [tiles, group, head_dim]: float16, bfloat16 (torch) or float32, any strides of the
+            first two dimensions.
         v: Values, of the same shape and type.
         cfg: Bit widths, tile length and encoder.
         rotated: The input is in the rotated (Hadamard) frame already.
@@ -135,8 +135,8 @@ def to_published(rec: Array, cfg: Config) -> Array:
         cfg: Their configuration, without 3-bit codes.
 
     Returns:
-        uint8 [tiles, cfg.published_bytes]: K codes, s_chan, z_chan, s_tok, V codes, s_chan, s_tok, z_tok. Range
-        guards stay folded into the scales: decoded values are the same.
+        uint8 [tiles, cfg.published_bytes]: K codes, s_chan, z_chan, s_tok, V codes, s_chan, s_tok, z_tok.
+        Range guards stay folded into the scales: decoded values are the same.
 
     Raises:
         FormatError: `cfg` has 3-bit codes, for which there is no published order.
@@ -146,7 +146,7 @@ def to_published(rec: Array, cfg: Config) -> Array:
 
 
 def from_published(pub: Array, cfg: Config) -> Array:
-    """Reorders records from the order of the published implementation, and folds range guards into their scales.
+    """Reorders records from the order of the published implementation, and folds range guards into them.
 
     Warns with RuntimeWarning if parameters are beyond half range after folding; they are stored as ±65504.
 
@@ -163,7 +163,9 @@ def from_published(pub: Array, cfg: Config) -> Array:
     """
     memory, saturated = _kvarn.from_published(cfg, pub)
     if saturated:
-        text = f"{saturated} parameters beyond half range: stored as 65504 with their sign; check the records' origin"
+        text = (
+            f"{saturated} parameters beyond half range: stored as ±65504; check where the records come from"
+        )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return view(memory, pub)
 
@@ -213,5 +215,5 @@ def load_records(path: str | os.PathLike[str]) -> tuple[NDArray[np.uint8], Confi
         OSError: The file cannot be read.
     """
     memory, config = _kvarn.load_records(path)
-    records: NDArray[np.uint8] = np.from_dlpack(memory)  # type: ignore[arg-type, unused-ignore]
+    records: Any = np.from_dlpack(memory)
     return records, config

@@ -14,7 +14,7 @@ class KvarnError(Exception):
 
 
 class ConfigError(KvarnError, ValueError):
-    """A configuration that is not supported: name, bits, group, head dim, sinks, recent window, iterations."""
+    """A configuration that is not supported: name, bits, group, head dim, sinks, window, iterations."""
 
 
 class ShapeError(KvarnError, ValueError):
@@ -26,7 +26,7 @@ class DTypeError(KvarnError, TypeError):
 
 
 class TensorError(KvarnError, ValueError):
-    """A tensor that cannot be used: it requires grad, is read-only, misaligned, or its DLPack capsule is unusable."""
+    """A tensor that cannot be used: it requires grad, is read-only, or its DLPack capsule is foreign."""
 
 
 class DeviceError(TensorError):
@@ -38,7 +38,7 @@ class NonFiniteError(TensorError):
 
 
 class FormatError(KvarnError, ValueError):
-    """A file, or records, in a format that cannot be read or written: truncated, corrupted, of another version."""
+    """A format that cannot be read or written: a truncated or corrupted file, another version."""
 
 
 class CapacityError(KvarnError, RuntimeError):
@@ -46,4 +46,4 @@ class CapacityError(KvarnError, RuntimeError):
 
 
 class StateError(KvarnError, RuntimeError):
-    """A call in the wrong state: a freed or foreign sequence, a finished step, a truncation into a sealed tile."""
+    """A call in the wrong state: a freed or foreign sequence, a finished step, a cut into a sealed tile."""

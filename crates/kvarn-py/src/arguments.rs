@@ -6,8 +6,9 @@ use crate::error::Class;
 
 /// `value` as a count or index, or an error of `class` that names it.
 pub(crate) fn natural(py: Python<'_>, class: Class, what: &str, value: i64) -> PyResult<usize> {
-    usize::try_from(value)
-        .map_err(|_| class.error(py, format!("{what} {value}: expected 0 or more; pass a number of that range")))
+    usize::try_from(value).map_err(|_| {
+        class.error(py, format!("{what} {value}: expected 0 or more; pass a number of that range"))
+    })
 }
 
 /// Every value as a count.

@@ -67,11 +67,7 @@ pub(crate) fn decode(
 
 /// Native records in published order, `[tiles, published_bytes]`.
 #[pyfunction]
-pub(crate) fn to_published(
-    py: Python<'_>,
-    config: &Config,
-    records: &Bound<'_, PyAny>,
-) -> PyResult<Memory> {
+pub(crate) fn to_published(py: Python<'_>, config: &Config, records: &Bound<'_, PyAny>) -> PyResult<Memory> {
     let config = config.0;
     let lent = Lent::new("records", records)?;
     let records = native(&config, &lent)?;
@@ -80,10 +76,8 @@ pub(crate) fn to_published(
     let shape = [records.len() / record_bytes, bytes];
     let published = detached(py, move || {
         let mut published = vec![0; shape[0] * bytes];
-        let pairs = records.chunks_exact(record_bytes).zip(published.chunks_exact_mut(bytes));
-        pairs
-            .map(|(record, published)| record::to_published(&config, record, published))
-            .collect::<Result<(), kvarn::Error>>()?;
+        let mut pairs = records.chunks_exact(record_bytes).zip(published.chunks_exact_mut(bytes));
+        pairs.try_for_each(|(record, published)| record::to_published(&config, record, published))?;
         Ok::<_, kvarn::Error>(published)
     })?;
     Ok(Memory::of_bytes(published, &shape))

@@ -2,11 +2,14 @@
 //!
 //! Its Python face, documented for users, is the package `kvarn`; types are in `_kvarn.pyi`.
 #![deny(unsafe_op_in_unsafe_fn)]
+// Arguments are extracted by value, and doc comments are Python docstrings.
+#![allow(clippy::needless_pass_by_value, clippy::doc_markdown)]
 
 mod arguments;
 mod codec;
 mod config;
 mod error;
+mod lend;
 mod memory;
 mod pool;
 mod step;

@@ -12,8 +12,10 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyTuple};
 
-const VERSIONED: &CStr = c"dltensor_versioned";
-const LEGACY: &CStr = c"dltensor";
+/// Name of a capsule that holds a versioned tensor and was not consumed.
+pub(crate) const VERSIONED: &CStr = c"dltensor_versioned";
+/// Name of a capsule that holds a tensor of versions before 1.0 and was not consumed.
+pub(crate) const LEGACY: &CStr = c"dltensor";
 
 /// Host memory of kvarn, to be viewed without copying by `numpy.from_dlpack` or `torch.from_dlpack`.
 ///
@@ -77,6 +79,7 @@ impl Memory {
 
     /// The device, as DLPack numbers it: (1, 0), the CPU.
     #[pyo3(name = "__dlpack_device__")]
+    #[expect(clippy::unused_self, reason = "a method of the protocol")]
     fn dlpack_device(&self) -> (i32, i32) {
         (Device::CPU.device_type, Device::CPU.device_id)
     }

@@ -65,11 +65,9 @@ impl Step {
         let (q, out) = (q.tensor(QUERIES)?, out.tensor_mut(QUERIES)?);
         let lse = lse.map(|lse| Lent::new("lse", lse)).transpose()?;
         let lse = lse.as_ref().map(|lse| lse.floats_mut(&q.shape()[..2])).transpose()?;
-        let sink_logits = sink_logits
-            .map(|logits| Lent::new("sink_logits", logits)?.vector("[heads]"))
-            .transpose()?;
-        let options =
-            AttendOptions { scale, window, softcap, sink_logits: sink_logits.as_deref(), rotated };
+        let sink_logits =
+            sink_logits.map(|logits| Lent::new("sink_logits", logits)?.vector("[heads]")).transpose()?;
+        let options = AttendOptions { scale, window, softcap, sink_logits: sink_logits.as_deref(), rotated };
         detached(py, || self.0.attend(layer, &q, &options, &out, lse))
     }
 
