@@ -54,13 +54,7 @@ pub(crate) fn append_head(
     for seal in &plan.seals {
         match seal.source {
             SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
-            SealSource::Rows(row) => {
-                let seen = load(&mut tile, 0, row, pool.config.group());
-                // A sink tile that is also sealed was written to its slot above: its values are counted once.
-                if !plan.writes.iter().any(|write| write.row == row && write.count == pool.config.group()) {
-                    counts += seen;
-                }
-            }
+            SealSource::Rows(row) => counts += load(&mut tile, 0, row, pool.config.group()),
         }
         let bytes = layer.layout.record_bytes;
         // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
@@ -82,7 +76,13 @@ impl Tile {
         Self { k: vec![0.0; group * head_dim], v: vec![0.0; group * head_dim] }
     }
 
-    fn write_slot(&self, pool: &Pool, layer: &Layer, head: usize, (slot, offset, count): (usize, usize, usize)) {
+    fn write_slot(
+        &self,
+        pool: &Pool,
+        layer: &Layer,
+        head: usize,
+        (slot, offset, count): (usize, usize, usize),
+    ) {
         let (head_dim, dtype) = (layer.shape.head_dim, slot_dtype(pool.slot_type));
         let range = offset * head_dim..(offset + count) * head_dim;
         for (side, values) in [&self.k, &self.v].into_iter().enumerate() {

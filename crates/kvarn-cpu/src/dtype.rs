@@ -40,10 +40,11 @@ impl DType {
         }
     }
 
-    /// Reads `out.len()` elements.
+    /// Reads `out.len()` elements; no alignment is assumed.
     ///
     /// # Safety
     /// `data` points to that many readable elements of this type.
+    #[allow(clippy::cast_ptr_alignment)]
     pub(crate) unsafe fn load(self, data: *const u8, out: &mut [f32]) {
         for (index, value) in out.iter_mut().enumerate() {
             // SAFETY: index < out.len(); the caller vouches for the memory; no alignment is assumed.
@@ -61,6 +62,7 @@ impl DType {
     ///
     /// # Safety
     /// `data` points to `values.len()` writable elements of this type that nobody else uses meanwhile.
+    #[allow(clippy::cast_ptr_alignment)] // as in `load`
     pub(crate) unsafe fn store(self, values: &[f32], data: *mut u8) {
         for (index, &value) in values.iter().enumerate() {
             // SAFETY: as in `load`.

@@ -84,7 +84,8 @@ impl Pool {
         }
         let rule = SealRule::new(config.group(), config.sink_tokens(), config.recent_tokens())?;
         let tables = Tables::new(rule, pages, slots)?;
-        let too_large = |what| Error::Memory { what, bytes: usize::MAX, reason: "beyond the address space".into() };
+        let too_large =
+            |what| Error::Memory { what, bytes: usize::MAX, reason: "beyond the address space".into() };
         let (mut page_bytes, mut slot_bytes) = (0usize, 0usize);
         let mut made = Vec::with_capacity(layers.len());
         for (index, &shape) in layers.iter().enumerate() {
@@ -108,7 +109,8 @@ impl Pool {
             };
             let grow = |total: usize, count: usize, each: usize| count.checked_mul(each)?.checked_add(total);
             page_bytes = grow(page_bytes, pages, layer.page_bytes()).ok_or_else(|| too_large("pages"))?;
-            slot_bytes = grow(slot_bytes, slots, layer.slot_bytes(slot_type)).ok_or_else(|| too_large("slots"))?;
+            slot_bytes =
+                grow(slot_bytes, slots, layer.slot_bytes(slot_type)).ok_or_else(|| too_large("slots"))?;
             made.push(layer);
         }
         Ok(Arc::new(Self {
@@ -200,8 +202,14 @@ impl Pool {
         let LayerShape { kv_heads, head_dim } = at.shape;
         for (what, tensor) in [("k", k), ("v", v)] {
             if tensor.shape() != [view.length, kv_heads, head_dim] {
-                let expected = format!("[{}, {kv_heads}, {head_dim}] (length, kv_heads, head_dim)", view.length);
-                return Err(shape(what, &tensor.shape(), expected, "allocate the output for the whole sequence"));
+                let expected =
+                    format!("[{}, {kv_heads}, {head_dim}] (length, kv_heads, head_dim)", view.length);
+                return Err(shape(
+                    what,
+                    &tensor.shape(),
+                    expected,
+                    "allocate the output for the whole sequence",
+                ));
             }
         }
         let spans: Vec<_> = view.spans(&self.rule).collect();

@@ -33,7 +33,7 @@ unsafe impl Send for TensorMut<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for TensorMut<'_> {}
 
-impl<'a> TensorRef<'a> {
+impl TensorRef<'_> {
     /// A tensor of `shape` with `strides` in elements.
     ///
     /// # Safety

@@ -1,7 +1,7 @@
 //! The codec over arrays of tiles, outside a pool.
 
-use kvarn::codec::{DecodeScratch, EncodeCounts, Rotation, TileEncoder, decode_matrix};
 use kvarn::Config;
+use kvarn::codec::{DecodeScratch, EncodeCounts, Rotation, TileEncoder, decode_matrix};
 use rayon::prelude::*;
 
 use crate::append::store_precision;
@@ -91,7 +91,9 @@ pub fn decode_tiles(
                 transpose(transposed, config.group(), k);
                 decode_matrix(&layout.value, record, scratch, v);
                 if let Some(rotation) = &rotation {
-                    for row in k.chunks_exact_mut(config.head_dim()).chain(v.chunks_exact_mut(config.head_dim())) {
+                    for row in
+                        k.chunks_exact_mut(config.head_dim()).chain(v.chunks_exact_mut(config.head_dim()))
+                    {
                         rotation.apply(row);
                     }
                 }
@@ -120,4 +122,3 @@ pub fn find_non_finite(tensor: TensorRef<'_>) -> Option<[usize; 3]> {
         row.iter().position(|value| !value.is_finite()).map(|k| [i, j, k])
     })
 }
-

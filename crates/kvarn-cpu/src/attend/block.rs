@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use kvarn::tables::SequencePlan;
 
+use super::Source;
 use super::options::Checked;
 use super::partial::Partial;
 use super::softmax::LOG2_E;
-use super::Source;
 use crate::TensorRef;
 
 /// Rotated, scaled queries: `columns = tokens × group`, token by token.

@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use kvarn::tables::Span;
 
+use super::Source;
 use super::block::QueryBlock;
 use super::partial::Partial;
 use super::product::{Matrix, MatrixMut, multiply_add};
 use super::softmax::{softcap, softmax};
-use super::Source;
 use crate::read::{TileBuffer, Want};
 
 /// Tokens of a leaf: 4 tiles of 128, or 8 of 64.
@@ -49,7 +49,7 @@ impl Leaf<'_> {
             multiply_add(
                 Matrix { values: &self.block.q, stride: head_dim },
                 Matrix { values: &scratch.tile.values, stride: group },
-                MatrixMut { values: &mut scratch.weights[at..], stride: LEAF_TOKENS },
+                &mut MatrixMut { values: &mut scratch.weights[at..], stride: LEAF_TOKENS },
                 [columns, group, head_dim],
             );
         }
@@ -65,7 +65,7 @@ impl Leaf<'_> {
             multiply_add(
                 Matrix { values: &scratch.weights[at..], stride: LEAF_TOKENS },
                 Matrix { values: &scratch.tile.values, stride: head_dim },
-                MatrixMut { values: &mut partial.out, stride: head_dim },
+                &mut MatrixMut { values: &mut partial.out, stride: head_dim },
                 [columns, head_dim, group],
             );
         }
@@ -94,7 +94,8 @@ impl Leaf<'_> {
     fn seen(&self, column: usize) -> Range<usize> {
         let seen = self.block.visible_to(column);
         let stored = self.source.spans.last().map_or(0, |span| span.position + span.count);
-        let within = |position: usize| position.min(stored).clamp(self.first, self.first + LEAF_TOKENS) - self.first;
+        let within =
+            |position: usize| position.min(stored).clamp(self.first, self.first + LEAF_TOKENS) - self.first;
         within(seen.start)..within(seen.end)
     }
 }

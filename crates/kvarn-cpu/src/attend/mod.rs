@@ -56,11 +56,19 @@ pub(crate) fn attend(
     let LayerShape { kv_heads, head_dim } = layer.shape;
     let [rows, heads, _] = q.shape();
     if rows != plan.tokens || heads == 0 || !heads.is_multiple_of(kv_heads) || q.shape()[2] != head_dim {
-        let expected = format!("[{}, a multiple of {kv_heads}, {head_dim}] (sum of counts, heads, head_dim)", plan.tokens);
+        let expected = format!(
+            "[{}, a multiple of {kv_heads}, {head_dim}] (sum of counts, heads, head_dim)",
+            plan.tokens
+        );
         return Err(shape("q", &q.shape(), expected, "pass the queries of all sequences of the step"));
     }
     if out.shape() != q.shape() {
-        return Err(shape("out", &out.shape(), format!("{:?}, as q", q.shape()), "allocate the output like q"));
+        return Err(shape(
+            "out",
+            &out.shape(),
+            format!("{:?}, as q", q.shape()),
+            "allocate the output like q",
+        ));
     }
     if let Some(lse) = &lse
         && lse.len() != rows * heads
@@ -72,7 +80,8 @@ pub(crate) fn attend(
     let group = heads / kv_heads;
     let block_tokens = (BLOCK_COLUMNS / group).max(1);
 
-    let spans: Vec<Vec<Span>> = plan.sequences.iter().map(|s| view(s, appended).spans(&pool.rule).collect()).collect();
+    let spans: Vec<Vec<Span>> =
+        plan.sequences.iter().map(|s| view(s, appended).spans(&pool.rule).collect()).collect();
     let mut items = Vec::new();
     for (index, sequence) in plan.sequences.iter().enumerate() {
         for first in (0..sequence.count).step_by(block_tokens) {

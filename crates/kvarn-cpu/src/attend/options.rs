@@ -48,7 +48,12 @@ impl<'a> AttendOptions<'a> {
         if let Some(logits) = self.sink_logits
             && logits.len() != heads
         {
-            return Err(shape("sink_logits", &[logits.len()], format!("[{heads}] (heads)"), "one logit per query head"));
+            return Err(shape(
+                "sink_logits",
+                &[logits.len()],
+                format!("[{heads}] (heads)"),
+                "one logit per query head",
+            ));
         }
         Ok(Checked {
             scale,

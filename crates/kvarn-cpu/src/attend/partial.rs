@@ -16,7 +16,11 @@ pub(super) struct Partial {
 impl Partial {
     /// The result over no keys.
     pub(super) fn empty(columns: usize, head_dim: usize) -> Self {
-        Self { max: vec![f32::NEG_INFINITY; columns], sum: vec![0.0; columns], out: vec![0.0; columns * head_dim] }
+        Self {
+            max: vec![f32::NEG_INFINITY; columns],
+            sum: vec![0.0; columns],
+            out: vec![0.0; columns * head_dim],
+        }
     }
 
     /// The result over the keys of both.

@@ -19,18 +19,23 @@ pub(super) struct MatrixMut<'a> {
 
 dispatch! {
     /// `c[m, n] += a[m, k] · b[k, n]` for `[m, n, k]`; `n` is a multiple of 16.
-    fn multiply_add(a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>, shape: [usize; 3]) = multiply_add_body
+    fn multiply_add(a: Matrix<'_>, b: Matrix<'_>, c: &mut MatrixMut<'_>, shape: [usize; 3]) = multiply_add_body
 }
 
 #[inline(always)]
-fn multiply_add_body<const FMA: bool>(a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>, [m, n, k]: [usize; 3]) {
+fn multiply_add_body<const FMA: bool>(
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    c: &mut MatrixMut<'_>,
+    [m, n, k]: [usize; 3],
+) {
     let mut column = 0;
     while column + 32 <= n {
-        strip::<FMA, 32>(a, b, &mut *c.values, c.stride, column, m, k);
+        strip::<FMA, 32>(a, b, c.values, c.stride, column, m, k);
         column += 32;
     }
     if column < n {
-        strip::<FMA, 16>(a, b, &mut *c.values, c.stride, column, m, k);
+        strip::<FMA, 16>(a, b, c.values, c.stride, column, m, k);
     }
 }
 
@@ -93,20 +98,22 @@ mod tests {
     #[test]
     fn it_agrees_with_the_plain_sum() {
         for (m, n, k) in [(1, 16, 16), (2, 48, 5), (3, 64, 128), (4, 32, 64), (7, 80, 33), (9, 256, 128)] {
-            let value = |seed: usize, index: usize| ((index * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0;
+            let value =
+                |seed: usize, index: usize| ((index * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0;
             let a: Vec<_> = (0..m * k).map(|index| value(1, index)).collect();
             let b: Vec<_> = (0..k * n).map(|index| value(2, index)).collect();
             let mut c: Vec<_> = (0..m * n).map(|index| value(3, index)).collect();
             let expected: Vec<f64> = (0..m * n)
                 .map(|index| {
-                    let product = |inner| f64::from(a[index / n * k + inner]) * f64::from(b[inner * n + index % n]);
+                    let product =
+                        |inner| f64::from(a[index / n * k + inner]) * f64::from(b[inner * n + index % n]);
                     f64::from(c[index]) + (0..k).map(product).sum::<f64>()
                 })
                 .collect();
             multiply_add(
                 Matrix { values: &a, stride: k },
                 Matrix { values: &b, stride: n },
-                MatrixMut { values: &mut c, stride: n },
+                &mut MatrixMut { values: &mut c, stride: n },
                 [m, n, k],
             );
             for (value, expected) in c.iter().zip(expected) {

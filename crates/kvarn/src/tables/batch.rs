@@ -32,10 +32,7 @@ impl StepPlan {
 
     fn batch(&self, side: impl Fn(&SequencePlan) -> &SequenceView) -> BatchView {
         let views = || self.sequences.iter().map(&side);
-        let tiles = views()
-            .map(|view| view.block_table.len())
-            .max()
-            .unwrap_or(0);
+        let tiles = views().map(|view| view.block_table.len()).max().unwrap_or(0);
         let padded = |table: fn(&SequenceView) -> &[i32]| {
             let mut flat = Vec::with_capacity(self.sequences.len() * tiles);
             for (index, view) in views().enumerate() {
@@ -65,27 +62,14 @@ mod tests {
         let plan = tables.plan_step(&[short, long], &[3, 13], &[0, 0]).unwrap();
 
         let before = plan.batch_before();
-        assert_eq!(
-            (
-                before.tiles,
-                before.block_table.len(),
-                before.slot_table.len()
-            ),
-            (0, 0, 0)
-        );
-        assert_eq!(
-            (before.lengths.as_slice(), before.sealed.as_slice()),
-            (&[0, 0][..], &[0, 0][..])
-        );
+        assert_eq!((before.tiles, before.block_table.len(), before.slot_table.len()), (0, 0, 0));
+        assert_eq!((before.lengths.as_slice(), before.sealed.as_slice()), (&[0, 0][..], &[0, 0][..]));
 
         let after = plan.batch_after();
         assert_eq!(after.tiles, 4);
         assert_eq!(*after.block_table, [-1, -1, -1, -1, -1, 0, 1, -1]);
         assert_eq!(*after.slot_table, [0, -1, -1, -1, 1, -1, -1, 2]);
-        assert_eq!(
-            (after.lengths.as_slice(), after.sealed.as_slice()),
-            (&[3, 13][..], &[0, 3][..])
-        );
+        assert_eq!((after.lengths.as_slice(), after.sealed.as_slice()), (&[3, 13][..], &[0, 3][..]));
         assert_eq!(*plan.first_rows, [0, 3, 16]);
     }
 }

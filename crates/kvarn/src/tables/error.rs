@@ -113,14 +113,6 @@ pub enum TableError {
         /// Tokens appended.
         count: usize,
     },
-    /// A sequence to which the step would do nothing.
-    #[error(
-        "count 0 for {sequence}, which holds nothing back: expected a token to append or commit; leave it out of the step"
-    )]
-    NothingToDo {
-        /// The sequence.
-        sequence: SequenceId,
-    },
     /// A sequence that would grow too long.
     #[error(
         "{count} tokens after {length} of {sequence}: expected at most {MAX_TOKENS} in all; start another sequence"
@@ -139,9 +131,7 @@ pub enum TableError {
     )]
     StepTooLong,
     /// A handle of another pool.
-    #[error(
-        "{sequence} of another pool: expected a sequence of this pool; use the pool that created it"
-    )]
+    #[error("{sequence} of another pool: expected a sequence of this pool; use the pool that created it")]
     ForeignSequence {
         /// The sequence.
         sequence: SequenceId,
@@ -175,9 +165,7 @@ pub enum TableError {
         step: StepId,
     },
     /// Truncation to more than is stored.
-    #[error(
-        "{keep} tokens of {sequence}: expected at most its length, {length}; append tokens with a step"
-    )]
+    #[error("{keep} tokens of {sequence}: expected at most its length, {length}; append tokens with a step")]
     TruncateBeyondLength {
         /// The sequence.
         sequence: SequenceId,
@@ -229,7 +217,6 @@ impl TableError {
             | Self::BatchLengths { .. }
             | Self::DuplicateSequence { .. }
             | Self::HoldExceedsCount { .. }
-            | Self::NothingToDo { .. }
             | Self::SequenceTooLong { .. }
             | Self::StepTooLong
             | Self::TruncateBeyondLength { .. } => TableErrorKind::Shape,
@@ -256,19 +243,14 @@ fn listed(lacking: &[Lack]) -> String {
 }
 
 fn described(lack: &Lack) -> String {
-    let parts: Vec<String> = [
-        (lack.pages_needed, lack.pages_free, "page"),
-        (lack.slots_needed, lack.slots_free, "slot"),
-    ]
-    .into_iter()
-    .filter(|(needed, free, _)| needed > free)
-    .map(|(needed, free, noun)| {
-        format!(
-            "{needed} {noun}{} with {free} free",
-            if needed == 1 { "" } else { "s" }
-        )
-    })
-    .collect();
+    let parts: Vec<String> =
+        [(lack.pages_needed, lack.pages_free, "page"), (lack.slots_needed, lack.slots_free, "slot")]
+            .into_iter()
+            .filter(|(needed, free, _)| needed > free)
+            .map(|(needed, free, noun)| {
+                format!("{needed} {noun}{} with {free} free", if needed == 1 { "" } else { "s" })
+            })
+            .collect();
     format!("{} needs {}", lack.sequence, parts.join(" and "))
 }
 
@@ -306,15 +288,7 @@ mod tests {
     #[test]
     fn a_long_list_is_cut_in_the_text_only() {
         let lacking = (0..9).map(|serial| lack(serial, (1, 0), (0, 0))).collect();
-        let text = TableError::Capacity {
-            lacking,
-            pages: 0,
-            slots: 0,
-        }
-        .to_string();
-        assert!(
-            text.contains("sequence 3 needs 1 page with 0 free; 5 more sequences: expected"),
-            "{text}"
-        );
+        let text = TableError::Capacity { lacking, pages: 0, slots: 0 }.to_string();
+        assert!(text.contains("sequence 3 needs 1 page with 0 free; 5 more sequences: expected"), "{text}");
     }
 }

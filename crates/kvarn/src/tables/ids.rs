@@ -17,11 +17,7 @@ pub(super) struct Ids {
 
 impl Ids {
     pub(super) fn new(total: usize) -> Self {
-        Self {
-            total,
-            references: Vec::new(),
-            free: BTreeSet::new(),
-        }
+        Self { total, references: Vec::new(), free: BTreeSet::new() }
     }
 
     pub(super) fn total(&self) -> usize {
@@ -43,21 +39,14 @@ impl Ids {
             return id;
         }
         let id = self.references.len();
-        assert!(
-            id < self.total,
-            "allocated beyond the {} ids that were checked",
-            self.total
-        );
+        assert!(id < self.total, "allocated beyond the {} ids that were checked", self.total);
         self.references.push(1);
         id
     }
 
     /// Gives back one reference; the id is free when the last one is gone.
     pub(super) fn release(&mut self, id: usize) {
-        assert!(
-            self.references[id] > 0,
-            "id {id} released more often than it was held"
-        );
+        assert!(self.references[id] > 0, "id {id} released more often than it was held");
         self.references[id] -= 1;
         if self.references[id] > 0 {
             return;

@@ -8,8 +8,8 @@ use super::ids::Ids;
 use super::pool::release_missing;
 use super::rule::MAX_TOKENS;
 use super::{
-    Lack, Seal, SealRule, SealSource, SequenceId, SequencePlan, SequenceView, SlotWrite, StepId,
-    StepPlan, TableError, Tables,
+    Lack, Seal, SealRule, SealSource, SequenceId, SequencePlan, SequenceView, SlotWrite, StepId, StepPlan,
+    TableError, Tables,
 };
 
 impl Tables {
@@ -17,7 +17,7 @@ impl Tables {
     /// `hold[i]` of them uncommitted; what was held before is committed. Pages and slots are
     /// reserved for all of it, or nothing changes.
     ///
-    /// A count may be 0 where the step commits tokens that were held. The sequences stay as they
+    /// A count may be 0: such a sequence only commits what it held, if anything. The sequences stay as they
     /// are until [`finish`](Self::finish), and no other call changes them until then. A dropped
     /// plan is still an open step: finish or abandon it.
     pub fn plan_step(
@@ -29,10 +29,7 @@ impl Tables {
         let demands = self.check_batch(sequences, counts, hold)?;
         self.check_capacity(sequences, &demands)?;
 
-        let id = StepId {
-            pool: self.pool,
-            serial: self.next_step,
-        };
+        let id = StepId { pool: self.pool, serial: self.next_step };
         self.next_step += 1;
         let mut first_row = 0;
         let mut first_rows = vec![0];
@@ -41,37 +38,15 @@ impl Tables {
             let state = self.existing(sequence);
             state.step = Some(id);
             let before = state.view.clone();
-            let Parts {
-                after,
-                writes,
-                seals,
-            } = demands[index].allocate(
-                &self.rule,
-                &before,
-                first_row,
-                &mut self.pages,
-                &mut self.slots,
-            );
+            let Parts { after, writes, seals } =
+                demands[index].allocate(&self.rule, &before, first_row, &mut self.pages, &mut self.slots);
             let (count, hold) = (counts[index], hold[index]);
-            plans.push(SequencePlan {
-                id: sequence,
-                count,
-                hold,
-                first_row,
-                before,
-                after,
-                writes,
-                seals,
-            });
+            plans.push(SequencePlan { id: sequence, count, hold, first_row, before, after, writes, seals });
             first_row += count;
             first_rows.push(first_row as i32);
         }
-        let plan = Arc::new(StepPlan {
-            id,
-            tokens: first_row,
-            sequences: plans,
-            first_rows: Arc::new(first_rows),
-        });
+        let plan =
+            Arc::new(StepPlan { id, tokens: first_row, sequences: plans, first_rows: Arc::new(first_rows) });
         self.open_steps.insert(id.serial, Arc::clone(&plan));
         Ok(plan)
     }
@@ -104,10 +79,7 @@ impl Tables {
         if step.pool != self.pool {
             return Err(TableError::ForeignStep { step });
         }
-        let plan = self
-            .open_steps
-            .remove(&step.serial)
-            .ok_or(TableError::ClosedStep { step })?;
+        let plan = self.open_steps.remove(&step.serial).ok_or(TableError::ClosedStep { step })?;
         for sequence in &plan.sequences {
             self.existing(sequence.id).step = None;
         }
@@ -133,33 +105,17 @@ impl Tables {
         let mut seen = BTreeMap::new();
         let mut rows: usize = 0;
         let mut demands = Vec::with_capacity(sequences.len());
-        for (index, (&sequence, (&count, &hold))) in
-            sequences.iter().zip(counts.iter().zip(hold)).enumerate()
+        for (index, (&sequence, (&count, &hold))) in sequences.iter().zip(counts.iter().zip(hold)).enumerate()
         {
             let view = &self.idle(sequence)?.view;
             if let Some(first) = seen.insert(sequence, index) {
-                return Err(TableError::DuplicateSequence {
-                    sequence,
-                    first,
-                    second: index,
-                });
+                return Err(TableError::DuplicateSequence { sequence, first, second: index });
             }
             if hold > count {
-                return Err(TableError::HoldExceedsCount {
-                    sequence,
-                    hold,
-                    count,
-                });
-            }
-            if count == 0 && view.committed == view.length {
-                return Err(TableError::NothingToDo { sequence });
+                return Err(TableError::HoldExceedsCount { sequence, hold, count });
             }
             if count > MAX_TOKENS - view.length {
-                return Err(TableError::SequenceTooLong {
-                    sequence,
-                    length: view.length,
-                    count,
-                });
+                return Err(TableError::SequenceTooLong { sequence, length: view.length, count });
             }
             // Both sides are at most MAX_TOKENS, so the sum cannot overflow.
             rows += count;
@@ -171,24 +127,13 @@ impl Tables {
         Ok(demands)
     }
 
-    fn check_capacity(
-        &self,
-        sequences: &[SequenceId],
-        demands: &[Demand],
-    ) -> Result<(), TableError> {
+    fn check_capacity(&self, sequences: &[SequenceId], demands: &[Demand]) -> Result<(), TableError> {
         let (mut pages_free, mut slots_free) = (self.pages.unused(), self.slots.unused());
         let mut lacking = Vec::new();
         for (index, (&sequence, demand)) in sequences.iter().zip(demands).enumerate() {
             let (pages_needed, slots_needed) = (demand.pages, demand.slots);
             if pages_needed > pages_free || slots_needed > slots_free {
-                lacking.push(Lack {
-                    sequence,
-                    index,
-                    pages_needed,
-                    pages_free,
-                    slots_needed,
-                    slots_free,
-                });
+                lacking.push(Lack { sequence, index, pages_needed, pages_free, slots_needed, slots_free });
             } else {
                 pages_free -= pages_needed;
                 slots_free -= slots_needed;
@@ -197,11 +142,7 @@ impl Tables {
         if lacking.is_empty() {
             return Ok(());
         }
-        Err(TableError::Capacity {
-            lacking,
-            pages: self.pages.total(),
-            slots: self.slots.total(),
-        })
+        Err(TableError::Capacity { lacking, pages: self.pages.total(), slots: self.slots.total() })
     }
 }
 
@@ -275,30 +216,20 @@ impl Demand {
             if let Some(slot) = slot
                 && from < to
             {
-                writes.push(SlotWrite {
-                    slot,
-                    offset: from - tile_start,
-                    row: row(from),
-                    count: to - from,
-                });
+                writes.push(SlotWrite { slot, offset: from - tile_start, row: row(from), count: to - from });
             }
 
             if tile < self.sealed && rule.has_page(tile) {
                 let page = pages.allocate();
                 Arc::make_mut(&mut after.block_table)[tile] = page as i32;
-                let source =
-                    slot.map_or_else(|| SealSource::Rows(row(tile_start)), SealSource::Slot);
+                let source = slot.map_or_else(|| SealSource::Rows(row(tile_start)), SealSource::Slot);
                 seals.push(Seal { tile, page, source });
                 if slot.is_some() && !rule.keeps_slot(tile) {
                     Arc::make_mut(&mut after.slot_table)[tile] = -1;
                 }
             }
         }
-        Parts {
-            after,
-            writes,
-            seals,
-        }
+        Parts { after, writes, seals }
     }
 }
 

@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use super::ids::Ids;
 use super::rule::MAX_TOKENS;
-use super::{
-    SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle,
-};
+use super::{SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle};
 
 /// The tables of one pool.
 ///
@@ -61,10 +59,7 @@ impl Tables {
 
     /// A new, empty sequence. It takes no page and no slot until its first step.
     pub fn create(&mut self) -> SequenceId {
-        let id = SequenceId {
-            pool: self.pool,
-            serial: self.next_sequence,
-        };
+        let id = SequenceId { pool: self.pool, serial: self.next_sequence };
         self.next_sequence += 1;
         self.sequences.insert(id.serial, Sequence::default());
         id
@@ -85,19 +80,11 @@ impl Tables {
     pub fn truncate(&mut self, id: SequenceId, keep: usize) -> Result<(), TableError> {
         let view = &self.idle(id)?.view;
         if keep > view.length {
-            return Err(TableError::TruncateBeyondLength {
-                sequence: id,
-                keep,
-                length: view.length,
-            });
+            return Err(TableError::TruncateBeyondLength { sequence: id, keep, length: view.length });
         }
         let boundary = view.sealed * self.rule.group();
         if keep < boundary {
-            return Err(TableError::TruncateBelowSealed {
-                sequence: id,
-                keep,
-                boundary,
-            });
+            return Err(TableError::TruncateBelowSealed { sequence: id, keep, boundary });
         }
 
         let tiles = self.rule.tiles(keep);
@@ -122,20 +109,12 @@ impl Tables {
 
     /// How full the pool is.
     pub fn stats(&self) -> Stats {
-        let usage = |ids: &Ids| Usage {
-            total: ids.total(),
-            used: ids.used(),
-            free: ids.unused(),
-        };
+        let usage = |ids: &Ids| Usage { total: ids.total(), used: ids.used(), free: ids.unused() };
         Stats {
             pages: usage(&self.pages),
             slots: usage(&self.slots),
             sequences: self.sequences.len(),
-            tokens: self
-                .sequences
-                .values()
-                .map(|sequence| sequence.view.length)
-                .sum(),
+            tokens: self.sequences.values().map(|sequence| sequence.view.length).sum(),
             open_steps: self.open_steps.len(),
         }
     }
@@ -151,9 +130,7 @@ impl Tables {
 
     /// The sequence, which the caller knows to exist.
     pub(super) fn existing(&mut self, id: SequenceId) -> &mut Sequence {
-        self.sequences
-            .get_mut(&id.serial)
-            .expect("a checked sequence, or one of an open step, exists")
+        self.sequences.get_mut(&id.serial).expect("a checked sequence, or one of an open step, exists")
     }
 
     /// Makes `after` what is stored; what only the old tables refer to is released. References that
@@ -170,9 +147,7 @@ impl Tables {
         if id.pool != self.pool {
             return Err(TableError::ForeignSequence { sequence: id });
         }
-        self.sequences
-            .get(&id.serial)
-            .ok_or(TableError::FreedSequence { sequence: id })
+        self.sequences.get(&id.serial).ok_or(TableError::FreedSequence { sequence: id })
     }
 }
 
@@ -238,17 +213,10 @@ mod tests {
         for (keep, slots) in [(25, 4), (24, 3), (17, 3), (16, 2), (1, 1), (0, 0)] {
             tables.truncate(id, keep).unwrap();
             let view = tables.view(id).unwrap();
-            assert_eq!(
-                (view.length, view.committed, view.slot_table.len()),
-                (keep, keep, slots)
-            );
+            assert_eq!((view.length, view.committed, view.slot_table.len()), (keep, keep, slots));
             assert_eq!(tables.stats().slots.used, slots);
         }
-        assert_eq!(
-            *snapshot.slot_table,
-            [0, 1, 2, 3],
-            "a snapshot never changes"
-        );
+        assert_eq!(*snapshot.slot_table, [0, 1, 2, 3], "a snapshot never changes");
     }
 
     #[test]
@@ -306,16 +274,8 @@ mod tests {
         assert_eq!(
             tables.stats(),
             Stats {
-                pages: Usage {
-                    total: 8,
-                    used: 2,
-                    free: 6
-                },
-                slots: Usage {
-                    total: 8,
-                    used: 2,
-                    free: 6
-                },
+                pages: Usage { total: 8, used: 2, free: 6 },
+                slots: Usage { total: 8, used: 2, free: 6 },
                 sequences: 2,
                 tokens: 24,
                 open_steps: 1,
@@ -332,9 +292,6 @@ mod tests {
             "18446744073709551615 pages: expected at most 2147483647, which an int32 table can name; \
              make the pool smaller"
         );
-        assert!(matches!(
-            Tables::new(rule, 0, MAX_TOKENS + 1),
-            Err(TableError::TooManySlots { .. })
-        ));
+        assert!(matches!(Tables::new(rule, 0, MAX_TOKENS + 1), Err(TableError::TooManySlots { .. })));
     }
 }

@@ -32,16 +32,9 @@ impl SealRule {
         }
         let most = group.saturating_mul(4);
         if recent_tokens > most {
-            return Err(TableError::RecentTokens {
-                recent_tokens,
-                most,
-            });
+            return Err(TableError::RecentTokens { recent_tokens, most });
         }
-        Ok(Self {
-            group,
-            sink_tokens,
-            recent_tokens,
-        })
+        Ok(Self { group, sink_tokens, recent_tokens })
     }
 
     /// Tokens per tile.
@@ -80,20 +73,12 @@ impl SealRule {
     /// brings about.
     pub fn sealed_tiles(&self, committed: usize) -> usize {
         let due = committed.saturating_sub(self.recent_tokens) / self.group;
-        if due == 1 && !self.has_page(0) {
-            0
-        } else {
-            due
-        }
+        if due == 1 && !self.has_page(0) { 0 } else { due }
     }
 
     /// Pages of the sealed tiles `[0, sealed)`.
     pub fn pages(&self, sealed: usize) -> usize {
-        if self.has_page(0) {
-            sealed
-        } else {
-            sealed.saturating_sub(1)
-        }
+        if self.has_page(0) { sealed } else { sealed.saturating_sub(1) }
     }
 
     /// Most slots that one sequence ever holds, during a step too, where no step holds back more
@@ -104,13 +89,8 @@ impl SealRule {
     /// factor 2 stands for a step, in which the slots of tiles being sealed and those of the new
     /// tail exist together.
     pub fn slot_bound(&self, hold: usize) -> usize {
-        let tail = self
-            .recent_tokens
-            .saturating_add(self.group - 1)
-            .saturating_add(hold);
-        tail.div_ceil(self.group)
-            .saturating_mul(2)
-            .saturating_add(usize::from(self.sink_tokens > 0))
+        let tail = self.recent_tokens.saturating_add(self.group - 1).saturating_add(hold);
+        tail.div_ceil(self.group).saturating_mul(2).saturating_add(usize::from(self.sink_tokens > 0))
     }
 }
 
@@ -127,16 +107,8 @@ mod tests {
         for (recent, moments) in [(0, [128, 256]), (100, [228, 356]), (512, [640, 768])] {
             let rule = rule(128, 0, recent);
             for (tile, at) in moments.into_iter().enumerate() {
-                assert_eq!(
-                    rule.sealed_tiles(at - 1),
-                    tile,
-                    "recent {recent}, tile {tile}"
-                );
-                assert_eq!(
-                    rule.sealed_tiles(at),
-                    tile + 1,
-                    "recent {recent}, tile {tile}"
-                );
+                assert_eq!(rule.sealed_tiles(at - 1), tile, "recent {recent}, tile {tile}");
+                assert_eq!(rule.sealed_tiles(at), tile + 1, "recent {recent}, tile {tile}");
             }
         }
     }
@@ -146,10 +118,7 @@ mod tests {
         let rule = rule(64, 64, 0);
         assert!(!rule.has_page(0) && rule.has_page(1));
         assert!(rule.keeps_slot(0) && !rule.keeps_slot(1));
-        assert_eq!(
-            [127, 128, 192].map(|committed| rule.sealed_tiles(committed)),
-            [0, 2, 3]
-        );
+        assert_eq!([127, 128, 192].map(|committed| rule.sealed_tiles(committed)), [0, 2, 3]);
         assert_eq!([0, 2, 3].map(|sealed| rule.pages(sealed)), [0, 1, 2]);
     }
 
@@ -157,10 +126,7 @@ mod tests {
     fn a_partial_sink_tile_has_a_page_and_keeps_its_slot() {
         let rule = rule(64, 16, 0);
         assert!(rule.has_page(0) && rule.keeps_slot(0));
-        assert_eq!(
-            [63, 64, 128].map(|committed| rule.sealed_tiles(committed)),
-            [0, 1, 2]
-        );
+        assert_eq!([63, 64, 128].map(|committed| rule.sealed_tiles(committed)), [0, 1, 2]);
         assert_eq!(rule.pages(2), 2);
     }
 
@@ -177,12 +143,8 @@ mod tests {
 
     #[test]
     fn hostile_values_are_refused() {
-        let text =
-            |group, sink, recent| SealRule::new(group, sink, recent).unwrap_err().to_string();
-        assert_eq!(
-            text(0, 0, 0),
-            "group 0: expected 1 to 2147483647 tokens per tile; 64 and 128 are usual"
-        );
+        let text = |group, sink, recent| SealRule::new(group, sink, recent).unwrap_err().to_string();
+        assert_eq!(text(0, 0, 0), "group 0: expected 1 to 2147483647 tokens per tile; 64 and 128 are usual");
         assert!(SealRule::new(usize::MAX, 0, 0).is_err());
         assert_eq!(
             text(64, 65, 0),

@@ -49,8 +49,7 @@ impl SequenceView {
     /// from its page.
     pub fn spans(&self, rule: &SealRule) -> impl Iterator<Item = Span> + '_ {
         let rule = *rule;
-        (0..self.block_table.len())
-            .flat_map(move |tile| self.tile_spans(rule, tile).into_iter().flatten())
+        (0..self.block_table.len()).flat_map(move |tile| self.tile_spans(rule, tile).into_iter().flatten())
     }
 
     fn tile_spans(&self, rule: SealRule, tile: usize) -> [Option<Span>; 2] {
@@ -64,20 +63,11 @@ impl SequenceView {
             0
         };
         let span = |offset: usize, count: usize, place: Place| {
-            (count > 0).then_some(Span {
-                position: first + offset,
-                offset,
-                count,
-                place,
-            })
+            (count > 0).then_some(Span { position: first + offset, offset, count, place })
         };
         [
             span(0, in_slot, Place::Slot(self.slot_table[tile] as usize)),
-            span(
-                in_slot,
-                stored - in_slot,
-                Place::Page(self.block_table[tile] as usize),
-            ),
+            span(in_slot, stored - in_slot, Place::Page(self.block_table[tile] as usize)),
         ]
     }
 }
@@ -86,13 +76,7 @@ impl SequenceView {
 mod tests {
     use super::*;
 
-    fn spans(
-        sink_tokens: usize,
-        length: usize,
-        sealed: usize,
-        blocks: &[i32],
-        slots: &[i32],
-    ) -> Vec<Span> {
+    fn spans(sink_tokens: usize, length: usize, sealed: usize, blocks: &[i32], slots: &[i32]) -> Vec<Span> {
         let rule = SealRule::new(8, sink_tokens, 0).unwrap();
         let view = SequenceView {
             length,
@@ -105,12 +89,7 @@ mod tests {
     }
 
     fn span(position: usize, offset: usize, count: usize, place: Place) -> Span {
-        Span {
-            position,
-            offset,
-            count,
-            place,
-        }
+        Span { position, offset, count, place }
     }
 
     #[test]

@@ -8,12 +8,7 @@ use crate::tables::{Place, SequenceView, StepPlan, Tables};
 
 /// Everything a call that fails, or a step taken back, must leave as it was.
 pub(super) fn state(tables: &Tables) -> impl PartialEq + std::fmt::Debug + use<> {
-    (
-        tables.pages.clone(),
-        tables.slots.clone(),
-        tables.sequences.clone(),
-        tables.open_steps.clone(),
-    )
+    (tables.pages.clone(), tables.slots.clone(), tables.sequences.clone(), tables.open_steps.clone())
 }
 
 impl World {
@@ -22,49 +17,32 @@ impl World {
         let mut slot_references = vec![0; self.slots.len()];
         let mut count = |views: &[&SequenceView]| {
             let tables = |pick: fn(&SequenceView) -> &Arc<Vec<i32>>| {
-                views
-                    .iter()
-                    .map(|view| pick(view).to_vec())
-                    .collect::<Vec<_>>()
+                views.iter().map(|view| pick(view).to_vec()).collect::<Vec<_>>()
             };
             held(&tables(|view| &view.block_table), &mut page_references);
             held(&tables(|view| &view.slot_table), &mut slot_references)
         };
         for model in &self.models {
             let view = self.tables.view(model.id).unwrap();
-            let plan = self
-                .open
-                .iter()
-                .flat_map(|step| &step.plan.sequences)
-                .find(|plan| plan.id == model.id);
+            let plan =
+                self.open.iter().flat_map(|step| &step.plan.sequences).find(|plan| plan.id == model.id);
             assert_eq!(plan.is_some(), model.open);
             let slots = match plan {
                 Some(plan) => count(&[view, &plan.after]),
                 None => count(&[view]),
             };
-            assert!(
-                slots <= self.rule.slot_bound(model.largest_hold),
-                "{slots} slots of {model:?}"
-            );
+            assert!(slots <= self.rule.slot_bound(model.largest_hold), "{slots} slots of {model:?}");
         }
         check_references(&self.tables.pages, &page_references, &mut self.pages);
         check_references(&self.tables.slots, &slot_references, &mut self.slots);
         for model in &self.models {
             let view = self.tables.view(model.id).unwrap();
-            assert_eq!(
-                (view.length, view.committed),
-                (model.tokens.len(), model.committed)
-            );
+            assert_eq!((view.length, view.committed), (model.tokens.len(), model.committed));
             assert_eq!(self.read(view), model.values());
             for span in view.spans(&self.rule) {
                 for position in span.position..span.position + span.count {
-                    let from_page =
-                        model.tokens[position].sealed && position >= self.rule.sink_tokens();
-                    assert_eq!(
-                        matches!(span.place, Place::Page(_)),
-                        from_page,
-                        "position {position}"
-                    );
+                    let from_page = model.tokens[position].sealed && position >= self.rule.sink_tokens();
+                    assert_eq!(matches!(span.place, Place::Page(_)), from_page, "position {position}");
                 }
             }
         }
@@ -110,11 +88,8 @@ fn check_references(ids: &Ids, references: &[u32], memory: &mut [Vec<u64>]) {
 fn held(tables: &[Vec<i32>], references: &mut [u32]) -> usize {
     let mut total = 0;
     for tile in 0..tables.iter().map(Vec::len).max().unwrap_or(0) {
-        let mut ids: Vec<i32> = tables
-            .iter()
-            .filter_map(|table| table.get(tile).copied())
-            .filter(|&id| id >= 0)
-            .collect();
+        let mut ids: Vec<i32> =
+            tables.iter().filter_map(|table| table.get(tile).copied()).filter(|&id| id >= 0).collect();
         ids.dedup();
         for id in ids {
             references[id as usize] += 1;

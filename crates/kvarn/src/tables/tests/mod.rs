@@ -14,21 +14,10 @@ use world::World;
 #[derive(Debug, Clone)]
 enum Op {
     Create,
-    Plan {
-        picks: Vec<(usize, usize, usize)>,
-        close: Option<bool>,
-    },
-    Close {
-        pick: usize,
-        finish: bool,
-    },
-    Truncate {
-        pick: usize,
-        drop: usize,
-    },
-    Free {
-        pick: usize,
-    },
+    Plan { picks: Vec<(usize, usize, usize)>, close: Option<bool> },
+    Close { pick: usize, finish: bool },
+    Truncate { pick: usize, drop: usize },
+    Free { pick: usize },
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -53,11 +42,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 fn rules() -> impl Strategy<Value = SealRule> {
     prop::sample::select(vec![1_usize, 4, 8])
         .prop_flat_map(|group| {
-            (
-                Just(group),
-                prop_oneof![Just(0), Just(group), 0..=group],
-                prop_oneof![Just(0), 0..=4 * group],
-            )
+            (Just(group), prop_oneof![Just(0), Just(group), 0..=group], prop_oneof![Just(0), 0..=4 * group])
         })
         .prop_map(|(group, sink, recent)| SealRule::new(group, sink, recent).unwrap())
 }
@@ -109,28 +94,17 @@ proptest! {
 
 #[test]
 fn the_slot_bound_is_reached() {
-    for (group, sink_tokens, recent_tokens, hold) in [
-        (8, 0, 0, 0),
-        (8, 8, 0, 0),
-        (8, 3, 0, 2),
-        (8, 8, 9, 0),
-        (4, 4, 16, 5),
-        (128, 128, 0, 7),
-    ] {
+    for (group, sink_tokens, recent_tokens, hold) in
+        [(8, 0, 0, 0), (8, 8, 0, 0), (8, 3, 0, 2), (8, 8, 9, 0), (4, 4, 16, 5), (128, 128, 0, 7)]
+    {
         let rule = SealRule::new(group, sink_tokens, recent_tokens).unwrap();
         let mut tables = Tables::new(rule, 64, 64).unwrap();
         let id = tables.create();
         // The longest tail there can be, then a step that seals all of it and leaves as long a one.
         let tail = recent_tokens + group - 1 + hold;
-        let plan = tables
-            .plan_step(&[id], &[2 * group + tail], &[hold])
-            .unwrap();
+        let plan = tables.plan_step(&[id], &[2 * group + tail], &[hold]).unwrap();
         tables.finish(plan.id).unwrap();
         tables.plan_step(&[id], &[10 * group], &[hold]).unwrap();
-        assert_eq!(
-            tables.stats().slots.used,
-            rule.slot_bound(hold),
-            "{rule:?}, hold {hold}"
-        );
+        assert_eq!(tables.stats().slots.used, rule.slot_bound(hold), "{rule:?}, hold {hold}");
     }
 }

@@ -43,10 +43,7 @@ pub(super) fn needs(rule: &SealRule, model: &Model, count: usize, hold: usize) -
     let (start, end) = (model.tokens.len(), model.tokens.len() + count);
     let (mut pages, mut slots) = (0, 0);
     for tile in 0..end.div_ceil(group) {
-        let was_sealed = model
-            .tokens
-            .get(tile * group)
-            .is_some_and(|token| token.sealed);
+        let was_sealed = model.tokens.get(tile * group).is_some_and(|token| token.sealed);
         let due = end - hold >= (tile + 1) * group + rule.recent_tokens();
         let whole_sink = tile == 0 && rule.sink_tokens() == group;
         let seals = due && !was_sealed && !whole_sink;

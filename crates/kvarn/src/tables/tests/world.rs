@@ -5,9 +5,7 @@ use std::sync::Arc;
 use super::Op;
 use super::check::{deep_copy, deep_copy_view, state};
 use super::model::{Model, Token, needs};
-use crate::tables::{
-    SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables,
-};
+use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables};
 
 /// What a freed or fresh piece of memory holds: reading it is a failure.
 pub(super) const GARBAGE: u64 = u64::MAX;
@@ -83,8 +81,7 @@ impl World {
             }
             let index = pick % self.models.len();
             let model = &self.models[index];
-            let nothing = count == 0 && model.committed == model.tokens.len();
-            if !model.open && !nothing && batch.iter().all(|(other, ..)| *other != index) {
+            if !model.open && batch.iter().all(|(other, ..)| *other != index) {
                 batch.push((index, count, hold.min(count)));
             }
         }
@@ -108,23 +105,13 @@ impl World {
             }
             Err(error) => {
                 assert_eq!(error.kind(), TableErrorKind::Capacity);
-                assert!(
-                    pages > unused.0 || slots > unused.1,
-                    "refused a step that fits: {error}"
-                );
+                assert!(pages > unused.0 || slots > unused.1, "refused a step that fits: {error}");
                 assert_eq!(state(&self.tables), before);
-                let TableError::Capacity { lacking, .. } = error else {
-                    unreachable!()
-                };
-                batch.retain(|(index, ..)| {
-                    lacking
-                        .iter()
-                        .all(|lack| lack.sequence != self.models[*index].id)
-                });
+                let TableError::Capacity { lacking, .. } = error else { unreachable!() };
+                batch
+                    .retain(|(index, ..)| lacking.iter().all(|lack| lack.sequence != self.models[*index].id));
                 if !batch.is_empty() {
-                    let plan = self
-                        .plan_batch(&batch)
-                        .expect("the step fits without those listed");
+                    let plan = self.plan_batch(&batch).expect("the step fits without those listed");
                     self.tables.abandon(plan.id).unwrap();
                     assert_eq!(state(&self.tables), before);
                 }
@@ -134,10 +121,7 @@ impl World {
     }
 
     fn plan_batch(&mut self, batch: &[(usize, usize, usize)]) -> Result<Arc<StepPlan>, TableError> {
-        let ids: Vec<SequenceId> = batch
-            .iter()
-            .map(|(index, ..)| self.models[*index].id)
-            .collect();
+        let ids: Vec<SequenceId> = batch.iter().map(|(index, ..)| self.models[*index].id).collect();
         let counts: Vec<usize> = batch.iter().map(|(_, count, _)| *count).collect();
         let hold: Vec<usize> = batch.iter().map(|(.., hold)| *hold).collect();
         self.tables.plan_step(&ids, &counts, &hold)
@@ -145,24 +129,17 @@ impl World {
 
     /// Carries the plan out, as a backend does in each layer.
     fn append(&mut self, batch: &[(usize, usize, usize)], plan: Arc<StepPlan>) {
-        let values: Vec<u64> = (0..plan.tokens as u64)
-            .map(|row| self.next_value + row)
-            .collect();
+        let values: Vec<u64> = (0..plan.tokens as u64).map(|row| self.next_value + row).collect();
         self.next_value += plan.tokens as u64;
         for (sequence, &(index, _, hold)) in plan.sequences.iter().zip(batch) {
-            assert_eq!(
-                self.read(&sequence.before),
-                self.models[index].values(),
-                "read before the append"
-            );
+            assert_eq!(self.read(&sequence.before), self.models[index].values(), "read before the append");
             self.models[index].open = true;
             self.models[index].largest_hold = self.models[index].largest_hold.max(hold);
         }
         for sequence in &plan.sequences {
             for write in &sequence.writes {
                 let rows = &values[write.row..write.row + write.count];
-                self.slots[write.slot][write.offset..write.offset + write.count]
-                    .copy_from_slice(rows);
+                self.slots[write.slot][write.offset..write.offset + write.count].copy_from_slice(rows);
             }
             for seal in &sequence.seals {
                 self.pages[seal.page] = match seal.source {
@@ -174,11 +151,7 @@ impl World {
         for (sequence, &(index, count, _)) in plan.sequences.iter().zip(batch) {
             let mut expected = self.models[index].values();
             expected.extend(&values[sequence.first_row..sequence.first_row + count]);
-            assert_eq!(
-                self.read(&sequence.after),
-                expected,
-                "read after the append"
-            );
+            assert_eq!(self.read(&sequence.after), expected, "read after the append");
         }
         let copy = deep_copy(&plan);
         self.open.push(OpenStep { plan, copy, values });
@@ -194,28 +167,15 @@ impl World {
         }
         for sequence in &step.plan.sequences {
             let rule = self.rule;
-            let model = self
-                .models
-                .iter_mut()
-                .find(|model| model.id == sequence.id)
-                .unwrap();
+            let model = self.models.iter_mut().find(|model| model.id == sequence.id).unwrap();
             model.open = false;
             if finish {
                 let rows = sequence.first_row..sequence.first_row + sequence.count;
-                model
-                    .tokens
-                    .extend(step.values[rows].iter().map(|&value| Token {
-                        value,
-                        sealed: false,
-                    }));
+                model.tokens.extend(step.values[rows].iter().map(|&value| Token { value, sealed: false }));
                 model.committed = model.tokens.len() - sequence.hold;
                 model.seal(&rule);
             }
-            let expected = if finish {
-                &sequence.after
-            } else {
-                &sequence.before
-            };
+            let expected = if finish { &sequence.after } else { &sequence.before };
             assert_eq!(self.tables.view(sequence.id).unwrap(), expected);
         }
     }
@@ -228,11 +188,7 @@ impl World {
         let model = &mut self.models[index];
         let length = model.tokens.len();
         let keep = length.saturating_sub(drop);
-        let boundary = model
-            .tokens
-            .iter()
-            .rposition(|token| token.sealed)
-            .map_or(0, |last| last + 1);
+        let boundary = model.tokens.iter().rposition(|token| token.sealed).map_or(0, |last| last + 1);
         let before = state(&self.tables);
         let snapshot = self.tables.view(model.id).unwrap().clone();
         let copy = deep_copy_view(&snapshot);
@@ -240,14 +196,7 @@ impl World {
         if model.open {
             assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
         } else if keep < boundary {
-            assert_eq!(
-                result,
-                Err(TableError::TruncateBelowSealed {
-                    sequence: model.id,
-                    keep,
-                    boundary
-                })
-            );
+            assert_eq!(result, Err(TableError::TruncateBelowSealed { sequence: model.id, keep, boundary }));
         } else {
             result.unwrap();
             model.tokens.truncate(keep);
@@ -271,10 +220,7 @@ impl World {
         } else {
             result.unwrap();
             let id = self.models.remove(index).id;
-            assert_eq!(
-                self.tables.view(id),
-                Err(TableError::FreedSequence { sequence: id })
-            );
+            assert_eq!(self.tables.view(id), Err(TableError::FreedSequence { sequence: id }));
         }
     }
 }
