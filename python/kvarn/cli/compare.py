@@ -1,4 +1,4 @@
-"""`kvarn generate --compare`: the same prompt through a 16-bit cache, KVarN as published, and KVarN with refit."""
+"""`kvarn generate --compare`: one prompt through a 16-bit cache, KVarN as published and KVarN with refit."""
 
 from __future__ import annotations
 
@@ -115,15 +115,14 @@ def _answer(job: Job, run: Run, base: Run, departure: int | None) -> Text:
         shown.append(f"  same {len(run.tokens)} tokens as 16 bit\n", style="green")
     else:
         shown.append(f"  departs from 16 bit at token {departure}\n", style="yellow")
-    decode = job.loaded.tokenizer.decode
-    common = decode(run.tokens[:departure], skip_special_tokens=True)
+    common = str(job.loaded.tokenizer.decode(run.tokens[:departure], skip_special_tokens=True))
     if departure is None or not run.text.startswith(common):
         return shown.append(run.text + "\n")
     return shown.append(common).append(run.text[len(common) :] + "\n", style="reverse")
 
 
 def _divergence_table(scores: dict[str, Divergence]) -> Any:
-    made = table("Divergence from 16 bit on its own answer, in nats per token", "answer tokens", *scores)
+    made = table("KL from 16 bit on its own answer, nats per token", "answer tokens", *scores)
     length = segment_length(len(next(iter(scores.values())).kl))
     for parts in zip(*(score.segments(length) for score in scores.values()), strict=True):
         first, end = parts[0][:2]

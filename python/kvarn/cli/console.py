@@ -1,13 +1,14 @@
 """Where commands write: results to standard output, progress and errors to standard error.
 
-rich leaves colours out when `NO_COLOR` is set or the output is no terminal. Consoles are made per use, so that
-they follow a redirected `sys.stdout`.
+rich leaves colours out when `NO_COLOR` is set or the output is no terminal. Consoles are made per use, so
+that they follow a redirected `sys.stdout`.
 """
 
 import json
 import sys
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,7 +44,7 @@ def progress() -> Progress:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table: the first column is text, the others are numbers, right aligned."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left", overflow="fold")
+        made.add_column(column, justify="right" if index else "left", no_wrap=not index)
     return made

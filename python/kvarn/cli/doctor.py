@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report() -> dict[str, Any]:
     """Everything the command shows, ready for JSON. Imports neither torch nor transformers."""
-    versions = {"kvarn": kvarn.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"kvarn": kvarn.__version__, "python": platform.python_version()}
     versions |= {name: _installed(name) for name in PACKAGES}
     return {
         "versions": versions,

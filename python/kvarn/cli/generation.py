@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -39,7 +39,7 @@ class Run:
     bytes: CacheBytes
 
 
-class TimedStreamer(BaseStreamer):  # type: ignore[misc]
+class TimedStreamer(BaseStreamer):
     """Receives tokens from `generate`: notes when each came, and passes on text once it is final."""
 
     def __init__(
@@ -103,7 +103,7 @@ def generate(
         on_text: called with each new piece of text.
         on_token: called with the number of new tokens so far.
     """
-    model = job.loaded.model
+    model: Any = job.loaded.model
     cache = arm.make_cache(model, len(job.prompt) + job.max_new_tokens)
     streamer = TimedStreamer(job.loaded.tokenizer, on_text, on_token)
     ids = torch.tensor([job.prompt])

@@ -24,14 +24,14 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"head_dim": arguments.head_dim, "presets": rows})
         return
     shown = table(
-        f"Presets at head dim {arguments.head_dim}",
+        f"Presets at head dim {arguments.head_dim}; sizes in bytes, bits per element of K and V",
         "name",
-        "K bits",
-        "V bits",
+        "K",
+        "V",
         "tile",
-        "record bytes",
-        "bits/element",
-        "ratio to 16 bit",
+        "record",
+        "bits",
+        "× smaller",
     )
     for row in rows:
         shown.add_row(
@@ -41,12 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
             str(row["group"]),
             f"{row['record_bytes']:,}",
             f"{row['bits_per_element']:.3f}",
-            f"{row['ratio_to_16_bit']:.2f}×",
+            f"{row['ratio_to_16_bit']:.2f}",
         )
     results().print(shown)
     results().print(
-        "A record holds one tile (K and V of one head) with every parameter and padding. "
-        "Sinks and tail stay unquantised on top."
+        "A record holds one tile (K and V of one head), every parameter and padding included.\n"
+        "Sinks and tail are unquantised and come on top."
     )
 
 

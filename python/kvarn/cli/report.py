@@ -53,14 +53,14 @@ def run_table(runs: Sequence[Run], job: Job) -> Table:
     """Speed and memory, one line per run."""
     rows = run_rows(runs, job)
     made = table(
-        f"{rows[0]['model']}, {rows[0]['prompt_tokens']:,} prompt tokens",
+        f"{rows[0]['model']}, {rows[0]['prompt_tokens']:,} prompt tokens; speeds in tokens/s",
         "cache",
         "new",
-        "prefill tok/s",
-        "decode tok/s",
+        "prefill",
+        "decode",
         "MiB",
-        "bytes/token",
-        "vs 16 bit",
+        "B/token",
+        "× smaller",
     )
     for row in rows:
         cache, decode = row["cache"], row["decode_tokens_per_second"]
@@ -71,11 +71,10 @@ def run_table(runs: Sequence[Run], job: Job) -> Table:
             "–" if decode is None else f"{decode:.1f}",
             f"{cache['total'] / MIB:.2f}",
             f"{cache['per_token']:,.0f}",
-            f"{cache['ratio_to_16_bit']:.2f}× smaller",
+            f"{cache['ratio_to_16_bit']:.2f}",
         )
-    made.caption = (
-        "; ".join(_held(row) for row in rows if row["cache"]["pages"] or row["cache"]["slots"]) or None
-    )
+    held = [_held(row) for row in rows if row["cache"]["slots"]]
+    made.caption = "\n".join(["× smaller: than 16 bit, everything counted", *held])
     made.caption_justify = "left"
     return made
 
@@ -88,5 +87,5 @@ def _held(row: dict[str, Any]) -> str:
         ("tables", "tables"),
         ("stock layers", "dense"),
     ]
-    shown = ", ".join(f"{label} {cache[key] / MIB:.2f} MiB" for label, key in parts if cache[key])
-    return f"{row['kv_cache_dtype']}: {shown}"
+    shown = ", ".join(f"{label} {cache[key] / MIB:.2f}" for label, key in parts if cache[key])
+    return f"{row['kv_cache_dtype']}, MiB: {shown}"

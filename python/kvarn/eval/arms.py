@@ -47,6 +47,7 @@ def kvarn_arm(preset: str, *, refit: bool = True, hold: int | None = None, name:
     """
 
     def make_cache(model: PreTrainedModel, max_tokens: int) -> Cache:
-        return kvarn.KVarNCache(model.config, preset, hold=hold, max_tokens=max_tokens, refit=refit)
+        cache: Cache = kvarn.KVarNCache(model.config, preset, hold=hold, max_tokens=max_tokens, refit=refit)
+        return cache
 
     return Arm(name or (preset if refit else f"{preset} (published)"), "kvarn", make_cache)

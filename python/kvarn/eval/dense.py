@@ -15,11 +15,11 @@ DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 """Names of the dense caches and the type each stores."""
 
 
-class StoredLayer(DynamicLayer):  # type: ignore[misc]
+class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A dynamic layer that keeps K and V in `storage` and widens them when they are read."""
 
     def __init__(self, storage: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storage = storage
 
     def update(

@@ -52,7 +52,7 @@ def divergence(
 ) -> list[Divergence]:
     """Feed one text through every arm's cache, block by block, and compare next-token distributions.
 
-    All arms advance together, so that at most two blocks of log-probabilities [block, vocabulary] exist at once.
+    All arms advance together: at most two blocks of log-probabilities [block, vocabulary] exist at once.
 
     Args:
         model: a causal language model in evaluation mode.

@@ -48,7 +48,9 @@ def cache_bytes(cache: Cache) -> CacheBytes:
     pool = getattr(cache, "pool", None)
     if pool is not None:
         stats = pool.stats()
-        pages, slots, tables = stats.page_bytes, stats.slot_bytes, stats.table_bytes
+        pages, slots = stats.page_bytes, stats.slot_bytes
+        # Two int32 entries per tile (page id, slot id) and the length of the sequence.
+        tables = -(-stats.tokens // pool.cfg.group) * 2 * 4 + stats.sequences * 4
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     dense = sum(
         tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor)
@@ -57,11 +59,11 @@ def cache_bytes(cache: Cache) -> CacheBytes:
 
 
 def sixteen_bit_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that a dense 16-bit cache of one sequence of `tokens` tokens takes; sliding layers keep a window."""
+    """Bytes of a dense 16-bit cache of one sequence of `tokens` tokens; sliding layers keep a window."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_key_value_heads
+    heads = int(config.num_key_value_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds, _ = get_layer_types_and_kwargs(config)
     window = getattr(config, "sliding_window", None) or tokens
     kept = [min(tokens, window - 1) if kind == "sliding_attention" else tokens for kind in kinds]
-    return sum(kept) * heads * head_dim * 2 * 2
+    return sum(kept) * heads * int(head_dim) * 2 * 2

@@ -58,7 +58,8 @@ def load(model: str | Path | None = None, *, dtype: str = "float32") -> LoadedMo
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(source, error)) from error
-    return LoadedModel(weights.eval(), tokenizer, source)
+    weights.train(False)
+    return LoadedModel(weights, tokenizer, source)
 
 
 def _explain(source: Source, error: Exception) -> str:
@@ -72,17 +73,18 @@ def _explain(source: Source, error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the progress bars of transformers; its warnings stay."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+    import transformers.modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     # The reader of GGUF files calls tqdm itself, past transformers' own switch.
+    gguf_reader: Any = transformers.modeling_gguf_pytorch_utils
     plain = gguf_reader.tqdm
     enabled = logging.is_progress_bar_enabled()
     gguf_reader.tqdm = partial(plain, disable=True)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         gguf_reader.tqdm = plain
         if enabled:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
