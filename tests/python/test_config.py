@@ -11,7 +11,9 @@ from kvarn import Config, ConfigError, FormatError
 def test_name_and_bits_make_the_same_configuration():
     by_name = Config("kvarn_k4v2_g128", head_dim=128)
     by_bits = Config(head_dim=128, key_bits=4, value_bits=2, group=128)
-    assert by_name == by_bits == Config("kvarn", head_dim=128) == Config(head_dim=128, key_bits=4, value_bits=2)
+    assert (
+        by_name == by_bits == Config("kvarn", head_dim=128) == Config(head_dim=128, key_bits=4, value_bits=2)
+    )
     assert hash(by_name) == hash(by_bits)
     assert by_name != Config("kvarn_k4v2_g128", head_dim=64)
     assert by_name != "kvarn_k4v2_g128"
@@ -19,7 +21,13 @@ def test_name_and_bits_make_the_same_configuration():
 
 def test_defaults():
     cfg = Config("kvarn_k8v4_g64", head_dim=96)
-    assert (cfg.name, cfg.head_dim, cfg.key_bits, cfg.value_bits, cfg.group) == ("kvarn_k8v4_g64", 96, 8, 4, 64)
+    assert (cfg.name, cfg.head_dim, cfg.key_bits, cfg.value_bits, cfg.group) == (
+        "kvarn_k8v4_g64",
+        96,
+        8,
+        4,
+        64,
+    )
     assert (cfg.refit, cfg.iterations, cfg.sink_tokens, cfg.recent_tokens) == (True, 8, 64, 0)
 
 
@@ -45,7 +53,9 @@ def test_published_bytes():
         _ = Config("kvarn_k3v2_g128", head_dim=128).published_bytes
 
 
-EVERYTHING = Config("kvarn_k2v8_g64", head_dim=48, refit=False, iterations=3, sink_tokens=16, recent_tokens=100)
+EVERYTHING = Config(
+    "kvarn_k2v8_g64", head_dim=48, refit=False, iterations=3, sink_tokens=16, recent_tokens=100
+)
 
 
 @pytest.mark.parametrize("cfg", [EVERYTHING, Config("kvarn", head_dim=128)])
