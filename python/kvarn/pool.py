@@ -106,7 +106,7 @@ class Pool:
         self._pool.free(sequence)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Keeps the first `length` tokens; those kept are committed.
+        """Keeps the first `length` tokens. Those that were held and are kept are committed by the next step.
 
         Raises:
             StateError: `length` lies in a sealed tile (the text names the boundary); or as in `free`.

@@ -37,8 +37,8 @@ pub(crate) fn encode(
         }
     }
     let shape = [k.shape()[0], config.layout().record_bytes];
+    let mut records = zeros(py, &shape)?;
     let (records, counts) = detached(py, move || {
-        let mut records = vec![0; shape[0] * shape[1]];
         encode_tiles(&config, k, v, rotated, &mut records).map(|counts| (records, counts))
     })?;
     Ok((Memory::of_bytes(records, &shape), counts.non_finite, counts.saturated))
@@ -57,11 +57,9 @@ pub(crate) fn decode(
     let records = native(&config, &lent)?;
     let record_bytes = config.layout().record_bytes;
     let shape = [records.len() / record_bytes, config.group(), config.head_dim()];
-    let (k, v) = detached(py, move || {
-        let elements = shape.iter().product();
-        let (mut k, mut v) = (vec![0.0; elements], vec![0.0; elements]);
-        decode_tiles(&config, records, rotated, &mut k, &mut v).map(|()| (k, v))
-    })?;
+    let (mut k, mut v) = (zeros(py, &shape)?, zeros(py, &shape)?);
+    let (k, v) =
+        detached(py, move || decode_tiles(&config, records, rotated, &mut k, &mut v).map(|()| (k, v)))?;
     Ok((Memory::of_floats(k, &shape), Memory::of_floats(v, &shape)))
 }
 
@@ -74,8 +72,8 @@ pub(crate) fn to_published(py: Python<'_>, config: &Config, records: &Bound<'_, 
     let record_bytes = config.layout().record_bytes;
     let bytes = record::published_bytes(&config).map_err(|error| error.to_python(py))?;
     let shape = [records.len() / record_bytes, bytes];
+    let mut published = zeros(py, &shape)?;
     let published = detached(py, move || {
-        let mut published = vec![0; shape[0] * bytes];
         let mut pairs = records.chunks_exact(record_bytes).zip(published.chunks_exact_mut(bytes));
         pairs.try_for_each(|(record, published)| record::to_published(&config, record, published))?;
         Ok::<_, kvarn::Error>(published)
@@ -95,8 +93,8 @@ pub(crate) fn from_published(
     let bytes = record::published_bytes(&config).map_err(|error| error.to_python(py))?;
     let published = lent.bytes(bytes, &origin(&config))?;
     let shape = [published.len() / bytes, config.layout().record_bytes];
+    let mut records = zeros(py, &shape)?;
     let (records, saturated) = detached(py, move || {
-        let mut records = vec![0; shape[0] * shape[1]];
         let mut saturated = 0;
         for (published, record) in published.chunks_exact(bytes).zip(records.chunks_exact_mut(shape[1])) {
             saturated += record::from_published(&config, published, record)?.0;
@@ -150,6 +148,23 @@ pub(crate) fn refuse_non_finite(
         );
         Err(Class::NonFinite.error(py, text))
     })
+}
+
+/// A zeroed array, or a `CapacityError` where the system has not as much memory.
+fn zeros<T: Clone + Default>(py: Python<'_>, shape: &[usize]) -> PyResult<Vec<T>> {
+    let elements = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+    let mut values = Vec::new();
+    match elements {
+        Some(elements) if values.try_reserve_exact(elements).is_ok() => {
+            values.resize(elements, T::default());
+            Ok(values)
+        }
+        _ => {
+            let text =
+                format!("a result of shape {shape:?}: the system has not as much memory; pass fewer tiles");
+            Err(Class::Capacity.error(py, text))
+        }
+    }
 }
 
 fn native<'a>(config: &kvarn::Config, records: &'a Lent<'_>) -> PyResult<&'a [u8]> {

@@ -20,7 +20,6 @@ pub(crate) struct Step(pub(crate) kvarn_cpu::Step);
 #[pymethods]
 impl Step {
     /// Stores K and V of one layer; returns how many elements were not finite, and saturated.
-    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn append(
         &self,
         py: Python<'_>,
@@ -63,8 +62,8 @@ impl Step {
         let window = window.map(|window| natural(py, Class::Shape, "window", window)).transpose()?;
         let (q, out) = (Lent::new("q", q)?, Lent::new("out", out)?);
         let (q, out) = (q.tensor(QUERIES)?, out.tensor_mut(QUERIES)?);
-        let lse = lse.map(|lse| Lent::new("lse", lse)).transpose()?;
-        let lse = lse.as_ref().map(|lse| lse.floats_mut(&q.shape()[..2])).transpose()?;
+        let mut lse = lse.map(|lse| Lent::new("lse", lse)).transpose()?;
+        let lse = lse.as_mut().map(|lse| lse.floats_mut(&q.shape()[..2])).transpose()?;
         let sink_logits =
             sink_logits.map(|logits| Lent::new("sink_logits", logits)?.vector("[heads]")).transpose()?;
         let options = AttendOptions { scale, window, softcap, sink_logits: sink_logits.as_deref(), rotated };

@@ -69,6 +69,10 @@ impl<'py> Lent<'py> {
         else {
             return Err(self.wrong_shape(&view, &format!("three dimensions, {dimensions}; reshape it")));
         };
+        if view.is_empty() {
+            // Strides between elements that do not exist mean nothing.
+            return Ok((view, dtype, [a, b, c], [0, 0, 1]));
+        }
         if stride_c != 1 && c > 1 {
             return Err(self.wrong_strides(&view, "1 in the last dimension"));
         }
@@ -91,15 +95,20 @@ impl<'py> Lent<'py> {
     }
 
     /// A contiguous float32 array of `shape` to write.
-    pub(crate) fn floats_mut(&self, shape: &[usize]) -> PyResult<&mut [f32]> {
+    pub(crate) fn floats_mut(&mut self, shape: &[usize]) -> PyResult<&mut [f32]> {
         let view = self.view(|element| element == ElementType::Float32, "float32")?;
         if view.shape() != shape {
             return Err(self.wrong_shape(&view, &format!("{shape:?}; allocate it so")));
         }
         self.check_output(&view)?;
-        // SAFETY: contiguous, aligned and writable as checked; the arrays passed here are made by our own Python code for
-        // this call, so nobody else uses them.
-        Ok(unsafe { slice_mut(&view) })
+        if view.is_empty() {
+            return Ok(&mut []);
+        }
+        #[expect(clippy::cast_ptr_alignment, reason = "aligned for the element type, as the view checked")]
+        let data = view.data().cast::<f32>();
+        // SAFETY: contiguous, aligned and writable as checked; the arrays passed here are made by our own Python code
+        // for this call, so nobody else uses them.
+        Ok(unsafe { std::slice::from_raw_parts_mut(data, view.len()) })
     }
 
     fn check_output(&self, view: &BorrowedTensor<'_>) -> PyResult<()> {
@@ -119,9 +128,10 @@ impl<'py> Lent<'py> {
         let (&[length], &[stride]) = (view.shape(), view.strides()) else {
             return Err(self.wrong_shape(&view, &format!("one dimension, {dimension}; reshape it")));
         };
+        #[expect(clippy::cast_ptr_alignment, reason = "aligned for the element type, as the view checked")]
         let data = view.data().cast::<f32>();
         // SAFETY: the lender's promise.
-        let value = |index: isize| unsafe { data.offset(index * stride).read_unaligned() };
+        let value = |index| unsafe { data.offset(index * stride).read() };
         Ok((0..length as isize).map(value).collect())
     }
 
@@ -149,19 +159,5 @@ const fn dtype(element: ElementType) -> Option<DType> {
         ElementType::BFloat16 => Some(DType::BFloat16),
         ElementType::Float32 => Some(DType::Float32),
         ElementType::UInt8 | ElementType::Int32 => None,
-    }
-}
-
-/// # Safety
-/// `view` is contiguous, of float32, writable, and nobody else uses its memory for the lifetime of the slice.
-#[expect(clippy::mut_from_ref, reason = "the memory is the lender's, not the view's")]
-unsafe fn slice_mut<'a>(view: &BorrowedTensor<'a>) -> &'a mut [f32] {
-    if view.is_empty() {
-        return &mut [];
-    }
-    #[expect(clippy::cast_ptr_alignment, reason = "aligned for the element type, as the view checked")]
-    // SAFETY: the caller's promise.
-    unsafe {
-        std::slice::from_raw_parts_mut(view.data().cast::<f32>(), view.len())
     }
 }
