@@ -30,18 +30,13 @@ def view(memory: Memory, like: Array) -> Array:
     return array
 
 
-def empty(shape: tuple[int, ...], like: Array, *, float32: bool = False) -> Array:
-    """An uninitialised array of the kind of `like`, in its type or in float32."""
+def empty(shape: tuple[int, ...], name: str, like: Array, *, float32: bool = False) -> Array:
+    """An uninitialised array of the kind of `like`, the argument `name`, in its type or in float32."""
     torch = torch_of(like)
+    if torch is None and not isinstance(like, np.ndarray):
+        kind = type(like).__name__
+        raise DTypeError(f"{name} of type {kind}: expected a NumPy array or a torch tensor; convert it first")
     framework: Any = torch or np
     options = {"device": "cpu"} if torch else {}
     array: Array = framework.empty(shape, dtype=framework.float32 if float32 else like.dtype, **options)
     return array
-
-
-def empty_like(array: Array) -> Array:
-    """An uninitialised, contiguous array of the shape, type and kind of `array`."""
-    if torch_of(array) is None and not isinstance(array, np.ndarray):
-        kind = type(array).__name__
-        raise DTypeError(f"q of type {kind}: expected a NumPy array or a torch tensor; convert it first")
-    return empty(tuple(array.shape), array)
