@@ -31,6 +31,30 @@ __device__ __forceinline__ void store_element(const Tensor& t, int64_t at, int d
   static_cast<uint16_t*>(t.data)[at] = bits;
 }
 
+// Largest power of two up to n.
+__host__ __device__ constexpr int power_below(int n) { return n < 2 ? n : 2 * power_below(n / 2); }
+
+// The register part of a rotation: one block of `Block` registers from `First` on, then the blocks behind it.
+template <int Count, int First = 0>
+__device__ __forceinline__ void rotate_registers(float (&v)[Count]) {
+  constexpr int Block = power_below(Count - First);
+#pragma unroll
+  for (int stride = 1; stride < Block; stride *= 2)
+#pragma unroll
+    for (int i = 0; i < Block; i++)
+      if ((i & stride) == 0) {
+        const float a = v[First + i], b = v[First + i + stride];
+        v[First + i] = a + b, v[First + i + stride] = a - b;
+      }
+  constexpr float scale = Block == 1   ? 0.17677669529663687f  // 1 / sqrt(32 Block)
+                          : Block == 2 ? 0.125f
+                          : Block == 4 ? 0.08838834764831845f
+                                       : 0.0625f;
+#pragma unroll
+  for (int i = 0; i < Block; i++) v[First + i] = __fmul_rn(v[First + i], scale);
+  if constexpr (First + Block < Count) rotate_registers<Count, First + Block>(v);
+}
+
 // Rotates a head vector spread over a warp, v[i] of lane l = channel 32 i + l. Same operations in the same order as the
 // CPU: butterflies with strides 1, 2, 4 …, then one product. Blocks of D = 96 are 64 and 32.
 template <int D>
@@ -42,22 +66,7 @@ __device__ __forceinline__ void rotate_warp(float (&v)[D / 32], int lane) {
       const float other = __shfl_xor_sync(kFullWarp, v[i], stride);
       v[i] = lane & stride ? other - v[i] : v[i] + other;
     }
-#pragma unroll
-  for (int first = 0, block; first < D / 32; first += block) {
-    block = 1;
-    while (block * 2 <= D / 32 - first) block *= 2;
-#pragma unroll
-    for (int stride = 1; stride < block; stride *= 2)
-#pragma unroll
-      for (int i = first; i < first + block; i++)
-        if (((i - first) & stride) == 0) {
-          const float a = v[i], b = v[i + stride];
-          v[i] = a + b, v[i + stride] = a - b;
-        }
-    const float scale = block == 1 ? 0.17677669529663687f : block == 2 ? 0.125f : block == 4 ? 0.08838834764831845f : 0.0625f;
-#pragma unroll
-    for (int i = first; i < first + block; i++) v[i] = __fmul_rn(v[i], scale);
-  }
+  rotate_registers<D / 32>(v);
 }
 
 // Loads `8 * NT` columns to `rows` [8 * NT][D] halves in shared memory, rotated and scaled. All warps take part.
