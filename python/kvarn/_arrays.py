@@ -32,11 +32,26 @@ def view(memory: Memory, like: Array) -> Array:
 
 def empty(shape: tuple[int, ...], name: str, like: Array, *, float32: bool = False) -> Array:
     """An uninitialised array of the kind of `like`, the argument `name`, in its type or in float32."""
-    torch = torch_of(like)
-    if torch is None and not isinstance(like, np.ndarray):
-        kind = type(like).__name__
-        raise DTypeError(f"{name} of type {kind}: expected a NumPy array or a torch tensor; convert it first")
-    framework: Any = torch or np
-    options = {"device": "cpu"} if torch else {}
+    framework = _framework(name, like)
+    options = {} if framework is np else {"device": "cpu"}
     array: Array = framework.empty(shape, dtype=framework.float32 if float32 else like.dtype, **options)
     return array
+
+
+def empty_like(name: str, like: Array) -> Array:
+    """An uninitialised, contiguous array of the shape, type and kind of `like`, the argument `name`."""
+    framework = _framework(name, like)
+    array: Array
+    if framework is np:
+        array = framework.empty(like.shape, dtype=like.dtype)
+    else:
+        array = framework.empty_like(like, memory_format=framework.contiguous_format)
+    return array
+
+
+def _framework(name: str, array: object) -> Any:
+    torch = torch_of(array)
+    if torch is None and not isinstance(array, np.ndarray):
+        kind = type(array).__name__
+        raise DTypeError(f"{name} of type {kind}: expected a NumPy array or a torch tensor; convert it first")
+    return torch or np

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from kvarn import _kvarn
-from kvarn._arrays import Array, empty
+from kvarn._arrays import Array, empty, empty_like
 from kvarn._kvarn import Memory
 from kvarn.codec import EncodeCounts
 
@@ -118,9 +118,8 @@ class Step:
             DTypeError: A type is not supported.
             StateError: The step is finished or abandoned.
         """
-        shape = tuple(getattr(q, "shape", ()))
-        out = empty(shape, "q", q)
-        lse = empty(shape[:2], "q", q, float32=True) if return_lse else None
+        out = empty_like("q", q)
+        lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
         self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
         return out if lse is None else (out, lse)
 
