@@ -30,18 +30,28 @@ def view(memory: Memory, like: Array) -> Array:
     return array
 
 
-def empty(shape: tuple[int, ...], like: Array, *, float32: bool = False) -> Array:
-    """An uninitialised array of the kind of `like`, in its type or in float32."""
-    torch = torch_of(like)
-    framework: Any = torch or np
-    options = {"device": "cpu"} if torch else {}
+def empty(shape: tuple[int, ...], name: str, like: Array, *, float32: bool = False) -> Array:
+    """An uninitialised array of the kind of `like`, the argument `name`, in its type or in float32."""
+    framework = _framework(name, like)
+    options = {} if framework is np else {"device": "cpu"}
     array: Array = framework.empty(shape, dtype=framework.float32 if float32 else like.dtype, **options)
     return array
 
 
-def empty_like(array: Array) -> Array:
-    """An uninitialised, contiguous array of the shape, type and kind of `array`."""
-    if torch_of(array) is None and not isinstance(array, np.ndarray):
+def empty_like(name: str, like: Array) -> Array:
+    """An uninitialised, contiguous array of the shape, type and kind of `like`, the argument `name`."""
+    framework = _framework(name, like)
+    array: Array
+    if framework is np:
+        array = framework.empty(like.shape, dtype=like.dtype)
+    else:
+        array = framework.empty_like(like, memory_format=framework.contiguous_format)
+    return array
+
+
+def _framework(name: str, array: object) -> Any:
+    torch = torch_of(array)
+    if torch is None and not isinstance(array, np.ndarray):
         kind = type(array).__name__
-        raise DTypeError(f"q of type {kind}: expected a NumPy array or a torch tensor; convert it first")
-    return empty(tuple(array.shape), array)
+        raise DTypeError(f"{name} of type {kind}: expected a NumPy array or a torch tensor; convert it first")
+    return torch or np

@@ -121,7 +121,7 @@ class Pool:
 
         Args:
             sequences: The batch, each sequence once.
-            counts: New tokens of each. 0 is allowed where tokens that were held are committed.
+            counts: New tokens of each. With 0 a step only commits what was held.
             hold: Newest tokens, of those, that stay uncommitted: one number for all, or one each, at most its
                 count. What was held before is committed. Only committed tokens are sealed.
 
@@ -167,7 +167,7 @@ class Pool:
         length = sequence.length
         # A layer that does not exist is refused below, by the call that knows the range.
         shape = self.layers[layer] if 0 <= layer < len(self.layers) else LayerShape(0, 0)
-        k, v = (empty((length, *shape), like) for _ in range(2))
+        k, v = (empty((length, *shape), "like", like) for _ in range(2))
         self._pool.expand(sequence, layer, k, v, rotated)
         return k, v
 

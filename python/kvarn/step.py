@@ -118,8 +118,8 @@ class Step:
             DTypeError: A type is not supported.
             StateError: The step is finished or abandoned.
         """
-        out = empty_like(q)
-        lse = empty(tuple(q.shape)[:2], q, float32=True) if return_lse else None
+        out = empty_like("q", q)
+        lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
         self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
         return out if lse is None else (out, lse)
 

@@ -1,5 +1,7 @@
 """encode, decode, published order, saved records: NumPy and torch in, the same kind out, the same bytes."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -197,3 +199,20 @@ def test_other_threads_run_while_encoding():
         longest, last = max(longest, now - last), now
     # Holding the interpreter would stop this thread for as long as encoding takes.
     assert longest < spent[0] / 2
+
+
+def test_import_and_use_without_torch():
+    code = """
+import sys
+sys.modules["torch"] = None  # importing it fails
+import kvarn, numpy
+cfg = kvarn.Config("kvarn_k4v2_g64", head_dim=16)
+tile = numpy.ones((1, 64, 16), numpy.float32)
+k, v = kvarn.decode(kvarn.encode(tile, tile, cfg), cfg)
+assert abs(k - 1).max() < 0.01 > abs(v - 1).max()
+pool = kvarn.Pool(cfg, layers=1, kv_heads=1, pages=1, slots=1, dtype="float32")
+with pool.step([pool.create()], [4]) as step:
+    step.append(0, tile[0, :4, None], tile[0, :4, None])
+    assert abs(step.attend(0, tile[0, :4, None]) - 1).max() < 1e-5
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
