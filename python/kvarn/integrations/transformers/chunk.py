@@ -65,13 +65,25 @@ class Chunk:
         if mask is None and self._stored is not None:
             mask = torch.ones(query.shape[0], self._before + forward.columns, dtype=torch.bool)
         forward.plan(mask)
+        out = self._attend(query, mask, scale, window, softcap, sink_logits)
+        self._done()
+        return out
+
+    def _attend(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        forward = self.forward
         if forward.hides or (window is not None and self._has_holes()):
             seen = self._visible(mask, window)
             return masked_attention(query, *self.dense(), seen, scale=scale, softcap=softcap, sink_logits=sink_logits)
         step = forward.step
-        if step is None:
-            self._append()
-            return forward.unpack(forward.pack(query))
+        assert step is not None
         q = forward.pack(query)
         if forward.past and (not forward.raw_first or forward.appended(self.layer)):
             self._append()
@@ -110,17 +122,22 @@ class Chunk:
             else:
                 self._append()
                 self._dense = self._read(raw=False)
+            self._done()
         return self._dense
+
+    def _done(self) -> None:
+        """Finish the pass with its last layer; layers that share keys and values may still come."""
+        if not self.forward.rows.sharing:
+            self.forward.rows.settle()
 
     def _append(self) -> None:
         if not self.forward.received(self.layer):
             self.forward.append(self.layer, self.forward.pack(self.k), self.forward.pack(self.v))
 
     def _rows(self, q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield q, k and v [heads, tokens, head_dim] of each row with tokens, q packed."""
+        """Yield q, k and v [heads, tokens, head_dim] of each row, q packed."""
         forward = self.forward
-        counts = [forward.counts[row] for row in forward.live]
-        for row, part in zip(forward.live, q.split(counts), strict=True):
+        for row, part in enumerate(q.split(forward.counts)):
             k, v = self.k[row], self.v[row]
             if forward.kept is not None:
                 k, v = k[:, forward.kept[row]], v[:, forward.kept[row]]
@@ -130,16 +147,15 @@ class Chunk:
         """Expand the past, and the new columns raw or as they are stored now."""
         forward = self.forward
         rows = forward.rows
-        assert rows.pool is not None
+        assert rows.pool is not None and forward.step is not None
         batch, kv_heads, columns, head_dim = self.k.shape
         shape = (batch, kv_heads, self._before + columns, head_dim)
         out = self.k.new_zeros(shape), self.v.new_zeros(shape)
         for row, sequence in enumerate(rows.sequences):
-            if not raw and forward.counts[row]:
-                assert forward.step is not None
-                expanded = forward.step.expand(self.layer, forward.live.index(row))
-            else:
+            if raw:
                 expanded = rows.pool.expand(sequence, self.layer)
+            else:
+                expanded = forward.step.expand(self.layer, row)
             at = self._columns_of(row)
             if raw:
                 at = at[at < self._before]

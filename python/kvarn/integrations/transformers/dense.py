@@ -80,7 +80,7 @@ def chunk_attention(
     k, v = k.float(), v.float()
     out = torch.empty(tokens, heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    block = max(1, _SCORES // (heads * tokens))
+    block = max(1, _SCORES // max(1, heads * tokens))
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         first = 0 if window is None else max(0, start - window + 1)

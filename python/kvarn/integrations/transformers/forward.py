@@ -18,13 +18,13 @@ class ForwardPass:
     """The new columns of a batch on their way through the layers.
 
     The first layer to need it plans the pass: which of the new columns are tokens, and the pool's step. The pass
-    finishes itself when the last layer has appended, unless layers share keys and values: then with the next
-    use of the cache. Until then the rows are as they were before.
+    is finished when the last layer is done, unless layers share keys and values: then with the next use of the
+    cache. Until then the rows are as they were before.
 
     Attributes:
         columns: new columns.
         began: layers that brought their keys and values.
-        step: the pool's step; None before the plan, or if no row brings a token.
+        step: the pool's step; None before the plan.
         kept: [batch, columns], the columns that hold tokens; None if all do.
         planned: whether `plan` ran.
         hides: whether the mask of this pass hides tokens that rows store.
@@ -72,15 +72,9 @@ class ForwardPass:
         self.counts = [self.columns] * batch if self.kept is None else self.kept.sum(dim=1).tolist()
         limit = rows.config.group if rows.settings.hold is None else rows.settings.hold  # type: ignore[union-attr]
         self.hold = [min(count, limit) for count in self.counts]
-        self.live = [row for row, count in enumerate(self.counts) if count]
         self._index = None if self.kept is None else self.kept.flatten().nonzero().squeeze(1)
-        if self.live:
-            assert rows.pool is not None
-            self.step = rows.pool.step(
-                [rows.sequences[row] for row in self.live],
-                counts=[self.counts[row] for row in self.live],
-                hold=[self.hold[row] for row in self.live],
-            )
+        assert rows.pool is not None
+        self.step = rows.pool.step(rows.sequences, counts=self.counts, hold=self.hold)
         self._mask, self.planned = mask, True
 
     def _read(self, mask: Tensor | None) -> tuple[Tensor | None, bool]:
@@ -141,11 +135,9 @@ class ForwardPass:
         if self.rows.sharing and self.raw_first:
             self._appended[layer] = (k, v)
         else:
-            if self.step is not None:
-                self.step.append(layer, k, v)
+            assert self.step is not None
+            self.step.append(layer, k, v)
             self._appended[layer] = None
-        if self.complete and not self.rows.sharing:
-            self.finish()
 
     def received(self, layer: int) -> bool:
         """Whether layer's new tokens came to `append`."""
@@ -157,15 +149,12 @@ class ForwardPass:
 
     def finish(self) -> None:
         """Move the rows' lengths."""
-        if self.step is not None:
-            for layer, waiting in self._appended.items():
-                if waiting is not None:
-                    self.step.append(layer, *waiting)
-            self.step.finish()
+        assert self.step is not None
+        for layer, waiting in self._appended.items():
+            if waiting is not None:
+                self.step.append(layer, *waiting)
+        self.step.finish()
         committed = [
-            sequence.length - hold if count else before
-            for sequence, hold, count, before in zip(
-                self.rows.sequences, self.hold, self.counts, self.rows.committed, strict=True
-            )
+            sequence.length - hold for sequence, hold in zip(self.rows.sequences, self.hold, strict=True)
         ]
         self.rows.advance(self.columns, self.kept, committed)

@@ -61,7 +61,7 @@ class Rows:
         self.pool: Pool | None = None
         self.config: Config | None = None
         self.sequences: list[Sequence] = []
-        self.committed: list[int] = []
+        self.sealed: list[int] = []
         self.columns = 0
         self.stored: Tensor | None = None
         self.forward: ForwardPass | None = None
@@ -100,7 +100,7 @@ class Rows:
             device=str(device),
         )
         self.sequences = [self.pool.create() for _ in range(batch)]
-        self.committed = [0] * batch
+        self.sealed = [0] * batch
 
     def begin(self, layer: int, columns: int) -> ForwardPass:
         """Enter `columns` new columns into layer, opening a forward pass with the first layer.
@@ -132,14 +132,24 @@ class Rows:
         self.forward = None
 
     def advance(self, columns: int, kept: Tensor | None, committed: list[int]) -> None:
-        """Take over a finished forward pass: kept [batch, columns] are the columns now stored."""
+        """Take over a finished forward pass.
+
+        Args:
+            columns: columns that it added.
+            kept: [batch, columns], those of them that are stored; None: all.
+            committed: committed tokens of each row.
+        """
+        config = self.config
+        assert config is not None
+        for row, tokens in enumerate(committed):
+            tiles = max(tokens - config.recent_tokens, 0) // config.group
+            self.sealed[row] = max(self.sealed[row], tiles * config.group)
         if kept is not None or self.stored is not None:
             batch = len(self.sequences)
             before = torch.ones(batch, self.columns, dtype=torch.bool) if self.stored is None else self.stored
             added = torch.ones(batch, columns, dtype=torch.bool) if kept is None else kept
             self.stored = torch.cat([before, added], dim=1)
         self.columns += columns
-        self.committed = committed
         self.forward = None
 
     def lengths_after_crop(self, remove: int) -> list[int]:
@@ -151,7 +161,7 @@ class Rows:
         else:
             lengths = self.stored[:, :columns].sum(dim=1).tolist()
         for row, length in enumerate(lengths):
-            sealed = self._sealed_tokens(row)
+            sealed = self._first_exact(row)
             if 0 < length < sealed:
                 raise UnsupportedError(
                     f"crop(-{remove}) leaves row {row} with {length} tokens: expected at least {sealed}, which are sealed "
@@ -159,12 +169,13 @@ class Rows:
                 )
         return lengths
 
-    def _sealed_tokens(self, row: int) -> int:
+    def _first_exact(self, row: int) -> int:
+        """Return the fewest tokens that a row can be cut to without decoding a record."""
         config = self.config
         assert config is not None
-        sealed = max(self.committed[row] - config.recent_tokens, 0) // config.group * config.group
         # With a whole tile of sinks the first tile stays in its slot.
-        return 0 if config.sink_tokens == config.group and sealed == config.group else sealed
+        whole = config.sink_tokens == config.group and self.sealed[row] == config.group
+        return 0 if whole else self.sealed[row]
 
     def crop(self, remove: int) -> None:
         """Remove the last `remove` columns of every row."""
@@ -175,9 +186,9 @@ class Rows:
             if length == 0:
                 self.sequences[row] = self.pool.create()
                 self.pool.free(sequence)
+                self.sealed[row] = 0
             elif length < sequence.length:
                 self.pool.truncate(sequence, length)
-            self.committed[row] = min(self.committed[row], length)
         self.columns = max(self.columns - remove, 0)
         if self.stored is not None:
             self.stored = self.stored[:, : self.columns]
@@ -204,6 +215,6 @@ class Rows:
             if row not in order:
                 self.pool.free(self.sequences[row])
         self.sequences = [self.sequences[row] for row in order]
-        self.committed = [self.committed[row] for row in order]
+        self.sealed = [self.sealed[row] for row in order]
         if self.stored is not None:
             self.stored = self.stored[order]
