@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny
+from tiny_models import CASES, FAMILIES, tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,12 +13,25 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def models():
-    return {name: tiny(*classes) for name, classes in FAMILIES.items()}
+    """A model for every family and number of layers."""
+    return {
+        (family, layers): tiny(*FAMILIES[family], num_hidden_layers=layers) for family, layers, _ in CASES
+    }
 
 
-@pytest.fixture(params=list(FAMILIES))
-def model(request, models):
-    model = models[request.param]
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def preset(case):
+    return case[2]
+
+
+@pytest.fixture
+def model(models, case):
+    model = models[case[:2]]
     model.set_attn_implementation("kvarn")
     return model
 
@@ -29,23 +42,15 @@ def implementation(request):
 
 
 @pytest.fixture
-def expected_of():
-    """Return a runner of functions with a model's attention set to sdpa."""
+def expected(model):
+    """Run a function with the model's attention set to sdpa."""
 
-    def of(model):
-        def expected(function):
-            before = model.config._attn_implementation
-            model.set_attn_implementation("sdpa")
-            try:
-                return function()
-            finally:
-                model.set_attn_implementation(before)
+    def expected(function):
+        before = model.config._attn_implementation
+        model.set_attn_implementation("sdpa")
+        try:
+            return function()
+        finally:
+            model.set_attn_implementation(before)
 
-        return expected
-
-    return of
-
-
-@pytest.fixture
-def expected(model, expected_of):
-    return expected_of(model)
+    return expected

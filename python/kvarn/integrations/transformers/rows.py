@@ -58,13 +58,13 @@ class Rows:
 
     def close(self) -> None:
         """Forget everything and give the memory back; the next `open` starts afresh."""
+        self.forward: ForwardPass | None = None
         self.pool: Pool | None = None
         self.config: Config | None = None
         self.sequences: list[Sequence] = []
         self.sealed: list[int] = []
         self.columns = 0
         self.stored: Tensor | None = None
-        self.forward: ForwardPass | None = None
 
     def open(self, layer: int, k: Tensor) -> None:
         """Make the pool for tensors like k [batch, kv_heads, tokens, head_dim], or check layer's shape against it."""
@@ -110,7 +110,7 @@ class Rows:
         """
         self.settle()
         if self.forward is not None and (layer in self.forward.began or self.forward.columns != columns):
-            self.forward = None
+            self.abandon()
         if self.forward is None:
             if self.columns + columns > self.settings.max_tokens:
                 raise CapacityError(
@@ -129,6 +129,8 @@ class Rows:
     def abandon(self) -> None:
         """Finish the open forward pass, or drop it if it was broken off."""
         self.settle()
+        if self.forward is not None and self.forward.step is not None:
+            self.forward.step.abandon()
         self.forward = None
 
     def advance(self, columns: int, kept: Tensor | None, committed: list[int]) -> None:
