@@ -2,7 +2,12 @@
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    get_layer_types_and_kwargs,
+)
 
 import kvarn
 
@@ -51,16 +56,25 @@ class FakeQuantLayer(DynamicLayer):
                     states[row, :, read] = torch.as_tensor(tensor)[:, first - tile * group :].to(states.dtype)
         return keys, values
 
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.sealed = [self.sealed[row] for row in beam_idx.tolist()]
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.sealed = [self.sealed[row] for row in indices.tolist()]
 
 
 class FakeQuantCache(Cache):
     """Takes the arguments of a KVarNCache that change results."""
 
     def __init__(self, config, preset, *, hold=None, padding=None, **codec):
+        config = config.get_text_config(decoder=True)
         codec = kvarn.Config(preset, head_dim=config.head_dim, **codec)
         hold = codec.group if hold is None else hold
-        layers = [FakeQuantLayer(codec, hold, padding) for _ in range(config.num_hidden_layers)]
+        types, options = get_layer_types_and_kwargs(config)
+        if isinstance(options, dict):
+            options = [options] * len(types)
+        layers = [
+            FakeQuantLayer(codec, hold, padding)
+            if kind == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            for kind, arguments in zip(types, options, strict=True)
+        ]
         super().__init__(layers=layers)

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from kvarn import Pool, ShapeError
+from kvarn import ConfigError, Pool, ShapeError
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.layer import KVarNLayer
 from kvarn.integrations.transformers.rows import Rows, Settings
@@ -40,7 +40,7 @@ class KVarNCache(Cache):
 
     Raises:
         UnsupportedError: the model has no full-attention layer.
-        ShapeError: hold, padding or max_tokens is out of range.
+        ConfigError: the preset, or another argument, is not supported.
     """
 
     def __init__(
@@ -175,11 +175,11 @@ def _settings(
     if max_tokens is None:
         max_tokens = getattr(decoder, "max_position_embeddings", None)
     if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ShapeError(f"max_tokens {max_tokens}: expected at least 1; give max_tokens, the longest row to hold")
+        raise ConfigError(f"max_tokens {max_tokens}: expected at least 1; give max_tokens, the longest row to hold")
     if hold is not None and hold < 0:
-        raise ShapeError(f"hold {hold}: expected at least 0, or None for all new tokens up to a group")
+        raise ConfigError(f"hold {hold}: expected at least 0, or None for all new tokens up to a group")
     if padding is not None and min(padding, default=0) < 0:
-        raise ShapeError(f"padding {padding}: expected the left padding of each row, at least 0")
+        raise ConfigError(f"padding {padding}: expected the left padding of each row, at least 0")
     return Settings(
         preset=preset,
         hold=hold,
