@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvarn import DTypeError, ShapeError
+from kvarn import DTypeError, ShapeError, TensorError
 from kvarn.integrations.transformers.chunk import Chunk
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.handle import Handle
@@ -55,7 +55,7 @@ class KVarNLayer(CacheLayerMixin):
             ShapeError: shape or batch differ from what the cache holds.
             DTypeError: the dtype is none of the three, or is not the first one's.
             CapacityError: more than max_tokens columns.
-            UnsupportedError: the tensors require grad.
+            TensorError: the tensors require grad.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -85,7 +85,7 @@ class KVarNLayer(CacheLayerMixin):
                 "the same as at first; load the model in one of them, or call reset() after changing it"
             )
         if k.requires_grad or v.requires_grad:
-            raise UnsupportedError(
+            raise TensorError(
                 f"layer {self.index}: keys or values require grad: expected inference; call the model in torch.no_grad()"
             )
 
