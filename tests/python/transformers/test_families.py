@@ -15,7 +15,7 @@ from transformers import (
 
 from kvarn import KVarNCache
 
-PRESET = "kvarn_k8v8_g64"
+PRESET = "kvarn_k4v4_g64"
 HYBRID = {
     "gemma2": (
         Gemma2Config,

@@ -33,6 +33,19 @@ def test_padding_between_turns(model, preset):
     assert cache.materializations == 0
 
 
+def test_a_chunk_of_padding_between_turns(model, preset):
+    first, mask = left_padding(2, 140, [30, 0])
+    later = torch.cat([torch.zeros(2, 20, dtype=torch.long), torch.ones(2, 4, dtype=torch.long)], 1)
+    mask = torch.cat([mask, later], 1)
+    rest = tokens(2, 24, seed=2)
+    cache, plain = KVarNCache(model.config, preset), KVarNCache(model.config, preset)
+    run(model, cache, [first], mask[:, :140])
+    # Twice: the first chunk commits what the prompt held, the second has nothing to do.
+    logits = run(model, cache, rest.split([10, 10, 4], 1), mask)
+    run(model, plain, [first], mask[:, :140])
+    assert_close(logits, run(model, plain, [rest], mask))
+
+
 def test_chunks_of_nothing_but_padding(model, expected, preset):
     padding = [90, 75]
     ids, mask = left_padding(2, 150, padding)

@@ -88,6 +88,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain_mask = attention_mask is None or attention_mask.ndim == 2
+    if s_aux is not None:
+        s_aux = s_aux.detach().float()
     if isinstance(key, Handle) and plain_mask and causal and position_bias is None and not dropout:
         out = key.chunk.attend(
             query, attention_mask, scale=scale, window=sliding_window, softcap=softcap, sink_logits=s_aux

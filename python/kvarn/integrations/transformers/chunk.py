@@ -82,9 +82,10 @@ class Chunk:
         if forward.hides or (window is not None and self._has_holes()):
             seen = self._visible(mask, window)
             return masked_attention(query, *self.dense(), seen, scale=scale, softcap=softcap, sink_logits=sink_logits)
-        step = forward.step
-        assert step is not None
-        q = forward.pack(query)
+        q, step = forward.pack(query), forward.step
+        if step is None or not len(q):
+            self._append()
+            return forward.unpack(q)
         if forward.past and (not forward.raw_first or forward.appended(self.layer)):
             self._append()
             out = step.attend(self.layer, q, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)
@@ -146,21 +147,15 @@ class Chunk:
     def _read(self, *, raw: bool) -> tuple[Tensor, Tensor]:
         """Expand the past, and the new columns raw or as they are stored now."""
         forward = self.forward
-        rows = forward.rows
-        assert rows.pool is not None and forward.step is not None
         batch, kv_heads, columns, head_dim = self.k.shape
         shape = (batch, kv_heads, self._before + columns, head_dim)
         out = self.k.new_zeros(shape), self.v.new_zeros(shape)
-        for row, sequence in enumerate(rows.sequences):
-            if raw:
-                expanded = rows.pool.expand(sequence, self.layer)
-            else:
-                expanded = forward.step.expand(self.layer, row)
-            at = self._columns_of(row)
-            if raw:
-                at = at[at < self._before]
+        for row in range(batch):
+            expanded = forward.expand(self.layer, row, self.k)
+            # A row's past is all of it as long as the layer has not appended.
+            at = self._columns_of(row)[: len(expanded[0])]
             for states, new in zip(out, expanded, strict=True):
-                states[row, :, at] = torch.from_dlpack(new).transpose(0, 1).to(states.dtype)
+                states[row, :, at] = new.transpose(0, 1)
         if raw:
             out[0][:, :, self._before :], out[1][:, :, self._before :] = self.k, self.v
         return out

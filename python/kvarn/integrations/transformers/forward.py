@@ -24,7 +24,7 @@ class ForwardPass:
     Attributes:
         columns: new columns.
         began: layers that brought their keys and values.
-        step: the pool's step; None before the plan.
+        step: the pool's step; None before the plan, and if there is nothing to append or commit.
         kept: [batch, columns], the columns that hold tokens; None if all do.
         planned: whether `plan` ran.
         hides: whether the mask of this pass hides tokens that rows store.
@@ -73,8 +73,19 @@ class ForwardPass:
         limit = rows.config.group if rows.settings.hold is None else rows.settings.hold  # type: ignore[union-attr]
         self.hold = [min(count, limit) for count in self.counts]
         self._index = None if self.kept is None else self.kept.flatten().nonzero().squeeze(1)
-        assert rows.pool is not None
-        self.step = rows.pool.step(rows.sequences, counts=self.counts, hold=self.hold)
+        # The pool takes no sequence that has nothing to append or commit.
+        self._live = [
+            row
+            for row, sequence in enumerate(rows.sequences)
+            if self.counts[row] or sequence.committed < sequence.length
+        ]
+        if self._live:
+            assert rows.pool is not None
+            self.step = rows.pool.step(
+                [rows.sequences[row] for row in self._live],
+                counts=[self.counts[row] for row in self._live],
+                hold=[self.hold[row] for row in self._live],
+            )
         self._mask, self.planned = mask, True
 
     def _read(self, mask: Tensor | None) -> tuple[Tensor | None, bool]:
@@ -135,9 +146,16 @@ class ForwardPass:
         if self.rows.sharing and self.raw_first:
             self._appended[layer] = (k, v)
         else:
-            assert self.step is not None
-            self.step.append(layer, k, v)
+            if self.step is not None:
+                self.step.append(layer, k, v)
             self._appended[layer] = None
+
+    def expand(self, layer: int, row: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a row's keys and values in layer, [tokens, kv_heads, head_dim]: the new ones too once appended."""
+        if self.step is not None and row in self._live:
+            return self.step.expand(layer, self._live.index(row), like=like)
+        assert self.rows.pool is not None
+        return self.rows.pool.expand(self.rows.sequences[row], layer, like=like)
 
     def received(self, layer: int) -> bool:
         """Whether layer's new tokens came to `append`."""
@@ -149,12 +167,9 @@ class ForwardPass:
 
     def finish(self) -> None:
         """Move the rows' lengths."""
-        assert self.step is not None
-        for layer, waiting in self._appended.items():
-            if waiting is not None:
-                self.step.append(layer, *waiting)
-        self.step.finish()
-        committed = [
-            sequence.length - hold for sequence, hold in zip(self.rows.sequences, self.hold, strict=True)
-        ]
-        self.rows.advance(self.columns, self.kept, committed)
+        if self.step is not None:
+            for layer, waiting in self._appended.items():
+                if waiting is not None:
+                    self.step.append(layer, *waiting)
+            self.step.finish()
+        self.rows.advance(self.columns, self.kept)

@@ -133,18 +133,17 @@ class Rows:
             self.forward.step.abandon()
         self.forward = None
 
-    def advance(self, columns: int, kept: Tensor | None, committed: list[int]) -> None:
+    def advance(self, columns: int, kept: Tensor | None) -> None:
         """Take over a finished forward pass.
 
         Args:
             columns: columns that it added.
             kept: [batch, columns], those of them that are stored; None: all.
-            committed: committed tokens of each row.
         """
         config = self.config
         assert config is not None
-        for row, tokens in enumerate(committed):
-            tiles = max(tokens - config.recent_tokens, 0) // config.group
+        for row, sequence in enumerate(self.sequences):
+            tiles = max(sequence.committed - config.recent_tokens, 0) // config.group
             self.sealed[row] = max(self.sealed[row], tiles * config.group)
         if kept is not None or self.stored is not None:
             batch = len(self.sequences)
