@@ -42,8 +42,9 @@ def test_a_chunk_of_padding_between_turns(model, preset):
     run(model, cache, [first], mask[:, :140])
     # Twice: the first chunk commits what the prompt held, the second has nothing to do.
     logits = run(model, cache, rest.split([10, 10, 4], 1), mask)
-    run(model, plain, [first], mask[:, :140])
-    assert_close(logits, run(model, plain, [rest], mask))
+    shown = torch.cat([mask[:, :140], mask[:, 160:]], 1)
+    run(model, plain, [first], shown[:, :140])
+    assert_close(logits, run(model, plain, [rest[:, 20:]], shown))
 
 
 def test_chunks_of_nothing_but_padding(model, expected, preset):
