@@ -1,9 +1,73 @@
-"""kvarn: a quantised KV cache for LLM inference."""
+"""kvarn: a quantised KV cache for LLM inference.
+
+The codec (`encode`, `decode`), the cache memory of a model (`Pool`), the cache of
+transformers models (`KVarNCache`), and their errors (`kvarn.errors`).
+Source of the method: KVarN, arXiv 2606.03458.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Names that need an optional dependency: imported on first use, so that `import kvarn` works without it.
+from kvarn._kvarn import __version__
+from kvarn.codec import (
+    Config,
+    EncodeCounts,
+    decode,
+    encode,
+    from_published,
+    load_records,
+    presets,
+    save_records,
+    to_published,
+)
+from kvarn.errors import (
+    CapacityError,
+    ConfigError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    KvarnError,
+    NonFiniteError,
+    ShapeError,
+    StateError,
+    TensorError,
+)
+from kvarn.pool import LayerShape, Pool, Sequence, Stats
+from kvarn.step import Step
+
+if TYPE_CHECKING:
+    from kvarn.integrations.transformers import KVarNCache
+
+__all__ = [
+    "CapacityError",
+    "Config",
+    "ConfigError",
+    "DTypeError",
+    "DeviceError",
+    "EncodeCounts",
+    "FormatError",
+    "KVarNCache",
+    "KvarnError",
+    "LayerShape",
+    "NonFiniteError",
+    "Pool",
+    "Sequence",
+    "ShapeError",
+    "StateError",
+    "Stats",
+    "Step",
+    "TensorError",
+    "__version__",
+    "decode",
+    "encode",
+    "from_published",
+    "load_records",
+    "presets",
+    "save_records",
+    "to_published",
+]
+
+# Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
 _LAZY = {"KVarNCache": "kvarn.integrations.transformers"}
 
 
@@ -14,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,132 @@
+//! Softmax in base 2, not yet divided.
+
+use std::ops::Range;
+
+use crate::features::{dispatch, fma};
+
+pub(super) const LOG2_E: f32 = std::f32::consts::LOG2_E;
+
+const LANES: usize = 16;
+
+/// Replaces the logits in `seen` by `2^(logit - max)` and all others by 0; returns the largest logit and the sum.
+pub(super) fn softmax(weights: &mut [f32], seen: Range<usize>) -> (f32, f32) {
+    let mut result = (f32::NEG_INFINITY, 0.0);
+    let (before, after) = (seen.start, seen.end);
+    weights[..before].fill(0.0);
+    weights[after..].fill(0.0);
+    if !seen.is_empty() {
+        exponentiate(&mut weights[seen], &mut result);
+    }
+    result
+}
+
+dispatch! {
+    /// Softmax numerators of at least one logit.
+    fn exponentiate(logits: &mut [f32], result: &mut (f32, f32)) = exponentiate_body
+}
+
+#[inline(always)]
+fn exponentiate_body<const FMA: bool>(logits: &mut [f32], result: &mut (f32, f32)) {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let mut chunks = logits.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for lane in 0..LANES {
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    let max = lanes.iter().chain(chunks.remainder()).copied().fold(f32::NEG_INFINITY, f32::max);
+    // Only a logit of -inf (a query of the caller's) can make the largest -inf: every weight is then NaN or 0.
+    let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let mut sums = [0.0; LANES];
+    let mut chunks = logits.chunks_exact_mut(LANES);
+    for chunk in &mut chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exp2_lane::<FMA>(chunk[lane] - base);
+            sums[lane] += chunk[lane];
+        }
+    }
+    for (lane, value) in chunks.into_remainder().iter_mut().enumerate() {
+        *value = exp2_lane::<FMA>(*value - base);
+        sums[lane] += *value;
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    *result = (max, sums[0]);
+}
+
+/// Natural logits to capped logits in base 2.
+pub(super) fn softcap(logits: &mut [f32], cap: f32) {
+    for logit in logits {
+        *logit = cap * (*logit / cap).tanh() * LOG2_E;
+    }
+}
+
+/// `2^x` for `x ≤ 0`, to 2 ulp; 0 below the normal range; NaN for NaN.
+#[inline]
+pub(super) fn exp2(x: f32) -> f32 {
+    exp2_lane::<false>(x)
+}
+
+/// Splits off the nearest integer and evaluates a polynomial on [-1/2, 1/2]: the Taylor coefficients ln(2)^n / n!, whose
+/// remainder there is below half an ulp.
+#[inline(always)]
+fn exp2_lane<const FMA: bool>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    const C: [f32; 8] = [
+        1.0,
+        std::f32::consts::LN_2,
+        0.240_226_5,
+        0.055_504_11,
+        0.009_618_129,
+        0.001_333_355_8,
+        0.000_154_035_3,
+        0.000_015_252_73,
+    ];
+    // Clamped for the exponent arithmetic; written so that NaN passes.
+    let clamped = if x < -126.0 { -126.0 } else { x };
+    let integer = (clamped + ROUND) - ROUND;
+    let rest = clamped - integer;
+    let mut value = C[7];
+    for c in C[..7].iter().rev() {
+        value = fma::<FMA>(value, rest, *c);
+    }
+    let power = f32::from_bits(((integer as i32 + 127) << 23) as u32);
+    if x < -126.0 { 0.0 } else { value * power }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp2_is_accurate() {
+        for step in 0..=1_260_000 {
+            let x = -(step as f32) / 10_000.0;
+            let exact = f64::from(x).exp2();
+            for value in [exp2_lane::<true>(x), exp2_lane::<false>(x)] {
+                assert!((f64::from(value) - exact).abs() <= 2.5e-7 * exact, "{x}");
+            }
+        }
+        assert_eq!(exp2(0.0), 1.0);
+        assert_eq!(exp2(-127.0), 0.0);
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert!(exp2(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn nothing_outside_the_range_counts() {
+        for length in 0..40 {
+            let mut weights = vec![1e30; 64];
+            weights[5..5 + length].fill(3.0);
+            let (max, sum) = softmax(&mut weights, 5..5 + length);
+            assert_eq!(sum, length as f32);
+            assert_eq!(max, if length == 0 { f32::NEG_INFINITY } else { 3.0 });
+            assert_eq!(weights.iter().sum::<f32>(), length as f32);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Reading stored tokens: records and slots to float32, in the rotated frame.
+
+use kvarn::codec::{DecodeScratch, decode_matrix};
+use kvarn::tables::{Place, Span};
+
+use crate::TensorMut;
+use crate::dtype::slot_dtype;
+use crate::features::dispatch;
+use crate::pool::{Layer, Pool};
+
+/// One tile of one KV head in float32, the way matrix products want it.
+#[derive(Debug, Default)]
+pub(crate) struct TileBuffer {
+    /// `[head_dim, group]` when it holds keys, `[group, head_dim]` when it holds values.
+    pub values: Vec<f32>,
+    scratch: DecodeScratch,
+    row: Vec<f32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// Keys, channel by channel.
+    Keys,
+    /// Values, token by token.
+    Values,
+}
+
+impl TileBuffer {
+    /// Reads the spans of one tile. Positions outside the spans are 0.
+    pub(crate) fn read(&mut self, pool: &Pool, layer: &Layer, head: usize, spans: &[Span], want: Want) {
+        let (group, head_dim) = (pool.config.group(), layer.shape.head_dim);
+        let covered: usize = spans.iter().map(|span| span.count).sum();
+        self.values.resize(group * head_dim, 0.0);
+        if covered < group {
+            // What an earlier tile left here, perhaps of another head, must not be multiplied, not even by 0.
+            self.values.fill(0.0);
+        }
+        // A partly sealed sink tile has two spans: the page gives the whole tile, the slot then replaces its sinks.
+        for span in spans {
+            if let Place::Page(page) = span.place {
+                let bytes = layer.layout.record_bytes;
+                // SAFETY: `record` points to that many bytes of the pool's mapping. Nobody writes the page meanwhile: it
+                // is referenced by the sequence being read, and only the step that took it from the free ones writes it.
+                let record = unsafe { std::slice::from_raw_parts(pool.record(layer, page, head), bytes) };
+                let layout = match want {
+                    Want::Keys => &layer.layout.key,
+                    Want::Values => &layer.layout.value,
+                };
+                decode(layout, record, &mut self.scratch, &mut self.values);
+            }
+        }
+        for span in spans {
+            if let Place::Slot(slot) = span.place {
+                self.read_slot(pool, layer, head, (slot, span.offset, span.count), want);
+            }
+        }
+    }
+
+    fn read_slot(
+        &mut self,
+        pool: &Pool,
+        layer: &Layer,
+        head: usize,
+        (slot, offset, count): (usize, usize, usize),
+        want: Want,
+    ) {
+        let (group, head_dim) = (pool.config.group(), layer.shape.head_dim);
+        let dtype = slot_dtype(pool.slot_type);
+        let base = pool.slot(layer, slot, head, usize::from(want == Want::Values));
+        self.row.resize(head_dim, 0.0);
+        for token in offset..offset + count {
+            // SAFETY: token < group, so the row lies within the slot's matrix; stored tokens are not written again while
+            // the sequence is read.
+            unsafe { dtype.load(base.add(token * head_dim * dtype.bytes()), &mut self.row) };
+            match want {
+                Want::Values => self.values[token * head_dim..][..head_dim].copy_from_slice(&self.row),
+                Want::Keys => {
+                    for (channel, value) in self.row.iter().enumerate() {
+                        self.values[channel * group + token] = *value;
+                    }
+                }
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// [`decode_matrix`] with the best instructions.
+    fn decode(
+        layout: &kvarn::record::MatrixLayout,
+        record: &[u8],
+        scratch: &mut DecodeScratch,
+        out: &mut [f32],
+    ) = decode_body
+}
+
+#[inline(always)]
+fn decode_body<const FMA: bool>(
+    layout: &kvarn::record::MatrixLayout,
+    record: &[u8],
+    scratch: &mut DecodeScratch,
+    out: &mut [f32],
+) {
+    decode_matrix(layout, record, scratch, out);
+}
+
+/// Writes the tokens of `spans` of one KV head to `k` and `v`.
+pub(crate) fn expand_head(
+    pool: &Pool,
+    layer: &Layer,
+    spans: &[Span],
+    head: usize,
+    rotated: bool,
+    k: &TensorMut<'_>,
+    v: &TensorMut<'_>,
+) {
+    let (group, head_dim) = (pool.config.group(), layer.shape.head_dim);
+    let mut buffer = TileBuffer::default();
+    let mut row = vec![0.0; head_dim];
+    for tile in spans.chunk_by(|a, b| a.position / group == b.position / group) {
+        for (want, out) in [(Want::Keys, k), (Want::Values, v)] {
+            buffer.read(pool, layer, head, tile, want);
+            for span in tile {
+                for token in span.offset..span.offset + span.count {
+                    for (channel, value) in row.iter_mut().enumerate() {
+                        *value = match want {
+                            Want::Keys => buffer.values[channel * group + token],
+                            Want::Values => buffer.values[token * head_dim + channel],
+                        };
+                    }
+                    if !rotated {
+                        layer.rotation.apply(&mut row);
+                    }
+                    // SAFETY: this head's rows are written by this call only.
+                    unsafe { out.store_row(span.position - span.offset + token, head, &row) };
+                }
+            }
+        }
+    }
+}

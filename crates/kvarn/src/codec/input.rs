@@ -1,0 +1,54 @@
+//! What happens to values before they are stored: non-finite ones become 0, rotated ones take the slot's type.
+
+use super::EncodeCounts;
+use crate::{Saturation, round_to_half};
+
+/// Element type of a slot, hence of what the encoder sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SlotType {
+    /// IEEE half: for fp16 and bf16 input.
+    Float16,
+    /// float32: for float32 input, on the CPU.
+    Float32,
+}
+
+impl SlotType {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Float16 => 2,
+            Self::Float32 => 4,
+        }
+    }
+}
+
+/// Inputs are cut here, so that sums of squares of a rotated tile stay finite in float32.
+const INPUT_MAX: f32 = (1u64 << 48) as f32;
+
+/// Replaces every NaN and infinity by 0 and cuts what is beyond ±2⁴⁸. To be done before rotating: a rotation would spread
+/// them over the head. Returns the counts of both.
+#[inline]
+pub fn finite(values: &mut [f32]) -> EncodeCounts {
+    let mut counts = EncodeCounts::default();
+    for value in values {
+        if !value.is_finite() {
+            *value = 0.0;
+            counts.non_finite += 1;
+        } else if value.abs() > INPUT_MAX {
+            *value = INPUT_MAX.copysign(*value);
+            counts.saturated += 1;
+        }
+    }
+    counts
+}
+
+/// Rounds rotated values to what a slot of type `slot` would hold, so that tiles encoded directly and tiles sealed from
+/// slots agree.
+#[inline]
+pub fn round_to_slot(values: &mut [f32], slot: SlotType, saturation: &mut Saturation) {
+    if slot == SlotType::Float16 {
+        for value in values {
+            *value = round_to_half(*value, saturation).to_f32();
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! The record: the packed bytes of one tile, and the formats in which records leave a pool.
+//!
+//! Byte-level specification: `docs/format.md`.
+
+mod code_order;
+mod file;
+mod layout;
+mod matrix;
+mod pack;
+mod parameter_order;
+mod published;
+
+pub use code_order::{BitPlace, CodeOrder};
+pub use file::{FORMAT_VERSION, HEADER_BYTES, Header, MAGIC, read_records, write_records};
+pub use layout::{MatrixLayout, RECORD_ALIGNMENT, RecordLayout};
+pub use matrix::EncodedMatrix;
+pub use pack::{Strides, pack_codes, unpack_codes};
+pub use parameter_order::ParameterOrder;
+pub use published::{from_published, published_bytes, to_published};

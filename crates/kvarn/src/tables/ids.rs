@@ -1,0 +1,119 @@
+//! Reference counted physical ids: the pages, or the slots, of a pool.
+
+use std::collections::BTreeSet;
+
+/// Ids `0 .. total`, each free or held by a number of references.
+///
+/// The lowest free id is handed out first: allocation is deterministic and the touched part of a
+/// pool stays as small as its use. The fields are a function of the references alone (the vector
+/// ends at the highest used id), so taking ids and giving them back restores an equal value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ids {
+    total: usize,
+    references: Vec<u32>,
+    /// Ids below `references.len()` without a reference.
+    free: BTreeSet<usize>,
+}
+
+impl Ids {
+    pub(super) fn new(total: usize) -> Self {
+        Self { total, references: Vec::new(), free: BTreeSet::new() }
+    }
+
+    pub(super) fn total(&self) -> usize {
+        self.total
+    }
+
+    pub(super) fn used(&self) -> usize {
+        self.references.len() - self.free.len()
+    }
+
+    pub(super) fn unused(&self) -> usize {
+        self.total - self.used()
+    }
+
+    /// Takes the lowest free id, with one reference. The caller has checked [`Ids::unused`].
+    pub(super) fn allocate(&mut self) -> usize {
+        if let Some(id) = self.free.pop_first() {
+            self.references[id] = 1;
+            return id;
+        }
+        let id = self.references.len();
+        assert!(id < self.total, "allocated beyond the {} ids that were checked", self.total);
+        self.references.push(1);
+        id
+    }
+
+    /// Gives back one reference; the id is free when the last one is gone.
+    pub(super) fn release(&mut self, id: usize) {
+        assert!(self.references[id] > 0, "id {id} released more often than it was held");
+        self.references[id] -= 1;
+        if self.references[id] > 0 {
+            return;
+        }
+        self.free.insert(id);
+        while self.references.last() == Some(&0) {
+            self.references.pop();
+            self.free.remove(&self.references.len());
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn references(&self, id: usize) -> u32 {
+        self.references.get(id).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lowest_free_id_first() {
+        let mut ids = Ids::new(4);
+        assert_eq!([ids.allocate(), ids.allocate(), ids.allocate()], [0, 1, 2]);
+        ids.release(1);
+        ids.release(0);
+        assert_eq!((ids.used(), ids.unused()), (1, 3));
+        assert_eq!([ids.allocate(), ids.allocate(), ids.allocate()], [0, 1, 3]);
+        assert_eq!((ids.used(), ids.unused()), (4, 0));
+    }
+
+    #[test]
+    fn giving_back_restores_an_equal_value_in_any_order() {
+        let mut ids = Ids::new(8);
+        let kept = ids.allocate();
+        let before = ids.clone();
+        let taken: Vec<usize> = (0..5).map(|_| ids.allocate()).collect();
+        assert_ne!(ids, before);
+        for i in [2, 0, 4, 1, 3] {
+            ids.release(taken[i]);
+        }
+        assert_eq!(ids, before);
+        ids.release(kept);
+        assert_eq!(ids, Ids::new(8));
+    }
+
+    #[test]
+    fn a_pool_far_larger_than_its_use_costs_nothing() {
+        let mut ids = Ids::new(usize::MAX);
+        assert_eq!(ids.allocate(), 0);
+        assert_eq!(ids.unused(), usize::MAX - 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "released more often")]
+    fn a_second_release_is_caught() {
+        let mut ids = Ids::new(2);
+        let low = ids.allocate();
+        ids.allocate();
+        ids.release(low);
+        ids.release(low);
+    }
+
+    #[test]
+    #[should_panic(expected = "allocated beyond")]
+    fn an_unchecked_allocation_is_caught() {
+        Ids::new(0).allocate();
+    }
+}

@@ -1,0 +1,27 @@
+//! How full a pool is.
+
+/// Use of one kind of physical id, pages or slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// All ids of the pool.
+    pub total: usize,
+    /// Ids with at least one reference, those reserved by open steps included.
+    pub used: usize,
+    /// Ids that the next step may take: `total - used`.
+    pub free: usize,
+}
+
+/// Use of a pool at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// Pages, each the records of one sealed tile.
+    pub pages: Usage,
+    /// Slots, each one tile in 16 bit.
+    pub slots: Usage,
+    /// Sequences that exist.
+    pub sequences: usize,
+    /// Tokens stored in all sequences, held ones included, those of open steps not.
+    pub tokens: usize,
+    /// Steps planned and neither finished nor abandoned.
+    pub open_steps: usize,
+}

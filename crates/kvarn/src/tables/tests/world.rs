@@ -1,0 +1,226 @@
+//! A pool, its memory of token values and the model of each sequence, moved together.
+
+use std::sync::Arc;
+
+use super::Op;
+use super::check::{deep_copy, deep_copy_view, state};
+use super::model::{Model, Token, needs};
+use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables};
+
+/// What a freed or fresh piece of memory holds: reading it is a failure.
+pub(super) const GARBAGE: u64 = u64::MAX;
+
+/// A step that is planned and appended, but not closed.
+pub(super) struct OpenStep {
+    pub(super) plan: Arc<StepPlan>,
+    /// A deep copy, to see that the plan never changes.
+    copy: StepPlan,
+    values: Vec<u64>,
+}
+
+pub(super) struct World {
+    pub(super) rule: SealRule,
+    pub(super) tables: Tables,
+    pub(super) models: Vec<Model>,
+    pub(super) open: Vec<OpenStep>,
+    pub(super) slots: Vec<Vec<u64>>,
+    pub(super) pages: Vec<Vec<u64>>,
+    next_value: u64,
+}
+
+impl World {
+    pub(super) fn new(rule: SealRule, pages: usize, slots: usize) -> Self {
+        let tile = vec![GARBAGE; rule.group()];
+        Self {
+            rule,
+            tables: Tables::new(rule, pages, slots).unwrap(),
+            models: Vec::new(),
+            open: Vec::new(),
+            slots: vec![tile.clone(); slots],
+            pages: vec![tile; pages],
+            next_value: 0,
+        }
+    }
+
+    pub(super) fn run(&mut self, op: &Op) {
+        match op {
+            Op::Create => {
+                let id = self.tables.create();
+                assert!(self.models.iter().all(|model| model.id != id));
+                self.models.push(Model {
+                    id,
+                    tokens: Vec::new(),
+                    committed: 0,
+                    largest_hold: 0,
+                    open: false,
+                });
+            }
+            Op::Plan { picks, close } => {
+                let planned = self.plan(picks);
+                if let (true, Some(finish)) = (planned, close) {
+                    self.close(self.open.len() - 1, *finish);
+                }
+            }
+            Op::Close { pick, finish } => {
+                if !self.open.is_empty() {
+                    self.close(pick % self.open.len(), *finish);
+                }
+            }
+            Op::Truncate { pick, drop } => self.truncate(*pick, *drop),
+            Op::Free { pick } => self.free(*pick),
+        }
+        self.check();
+    }
+
+    /// Whether a step was opened.
+    pub(super) fn plan(&mut self, picks: &[(usize, usize, usize)]) -> bool {
+        let mut batch: Vec<(usize, usize, usize)> = Vec::new();
+        for &(pick, count, hold) in picks {
+            if self.models.is_empty() {
+                return false;
+            }
+            let index = pick % self.models.len();
+            let model = &self.models[index];
+            if !model.open && batch.iter().all(|(other, ..)| *other != index) {
+                batch.push((index, count, hold.min(count)));
+            }
+        }
+        if batch.is_empty() {
+            return false;
+        }
+        let before = state(&self.tables);
+        let unused = (self.tables.pages.unused(), self.tables.slots.unused());
+        let (pages, slots) = batch
+            .iter()
+            .map(|&(index, count, hold)| needs(&self.rule, &self.models[index], count, hold))
+            .fold((0, 0), |sum, need| (sum.0 + need.0, sum.1 + need.1));
+
+        match self.plan_batch(&batch) {
+            Ok(plan) => {
+                assert!(pages <= unused.0 && slots <= unused.1);
+                assert_eq!(self.tables.pages.unused(), unused.0 - pages);
+                assert_eq!(self.tables.slots.unused(), unused.1 - slots);
+                self.append(&batch, plan);
+                true
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), TableErrorKind::Capacity);
+                assert!(pages > unused.0 || slots > unused.1, "refused a step that fits: {error}");
+                assert_eq!(state(&self.tables), before);
+                let TableError::Capacity { lacking, .. } = error else { unreachable!() };
+                batch
+                    .retain(|(index, ..)| lacking.iter().all(|lack| lack.sequence != self.models[*index].id));
+                if !batch.is_empty() {
+                    let plan = self.plan_batch(&batch).expect("the step fits without those listed");
+                    self.tables.abandon(plan.id).unwrap();
+                    assert_eq!(state(&self.tables), before);
+                }
+                false
+            }
+        }
+    }
+
+    fn plan_batch(&mut self, batch: &[(usize, usize, usize)]) -> Result<Arc<StepPlan>, TableError> {
+        let ids: Vec<SequenceId> = batch.iter().map(|(index, ..)| self.models[*index].id).collect();
+        let counts: Vec<usize> = batch.iter().map(|(_, count, _)| *count).collect();
+        let hold: Vec<usize> = batch.iter().map(|(.., hold)| *hold).collect();
+        self.tables.plan_step(&ids, &counts, &hold)
+    }
+
+    /// Carries the plan out, as a backend does in each layer.
+    fn append(&mut self, batch: &[(usize, usize, usize)], plan: Arc<StepPlan>) {
+        let values: Vec<u64> = (0..plan.tokens as u64).map(|row| self.next_value + row).collect();
+        self.next_value += plan.tokens as u64;
+        for (sequence, &(index, _, hold)) in plan.sequences.iter().zip(batch) {
+            assert_eq!(self.read(&sequence.before), self.models[index].values(), "read before the append");
+            self.models[index].open = true;
+            self.models[index].largest_hold = self.models[index].largest_hold.max(hold);
+        }
+        for sequence in &plan.sequences {
+            for write in &sequence.writes {
+                let rows = &values[write.row..write.row + write.count];
+                self.slots[write.slot][write.offset..write.offset + write.count].copy_from_slice(rows);
+            }
+            for seal in &sequence.seals {
+                self.pages[seal.page] = match seal.source {
+                    SealSource::Slot(slot) => self.slots[slot].clone(),
+                    SealSource::Rows(row) => values[row..row + self.rule.group()].to_vec(),
+                };
+            }
+        }
+        for (sequence, &(index, count, _)) in plan.sequences.iter().zip(batch) {
+            let mut expected = self.models[index].values();
+            expected.extend(&values[sequence.first_row..sequence.first_row + count]);
+            assert_eq!(self.read(&sequence.after), expected, "read after the append");
+        }
+        let copy = deep_copy(&plan);
+        self.open.push(OpenStep { plan, copy, values });
+    }
+
+    pub(super) fn close(&mut self, index: usize, finish: bool) {
+        let step = self.open.remove(index);
+        assert_eq!(*step.plan, step.copy, "a plan never changes");
+        if finish {
+            self.tables.finish(step.plan.id).unwrap();
+        } else {
+            self.tables.abandon(step.plan.id).unwrap();
+        }
+        for sequence in &step.plan.sequences {
+            let rule = self.rule;
+            let model = self.models.iter_mut().find(|model| model.id == sequence.id).unwrap();
+            model.open = false;
+            if finish {
+                let rows = sequence.first_row..sequence.first_row + sequence.count;
+                model.tokens.extend(step.values[rows].iter().map(|&value| Token { value, sealed: false }));
+                model.committed = model.tokens.len() - sequence.hold;
+                model.seal(&rule);
+            }
+            let expected = if finish { &sequence.after } else { &sequence.before };
+            assert_eq!(self.tables.view(sequence.id).unwrap(), expected);
+        }
+    }
+
+    fn truncate(&mut self, pick: usize, drop: usize) {
+        if self.models.is_empty() {
+            return;
+        }
+        let index = pick % self.models.len();
+        let model = &mut self.models[index];
+        let length = model.tokens.len();
+        let keep = length.saturating_sub(drop);
+        let boundary = model.tokens.iter().rposition(|token| token.sealed).map_or(0, |last| last + 1);
+        let before = state(&self.tables);
+        let snapshot = self.tables.view(model.id).unwrap().clone();
+        let copy = deep_copy_view(&snapshot);
+        let result = self.tables.truncate(model.id, keep);
+        if model.open {
+            assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
+        } else if keep < boundary {
+            assert_eq!(result, Err(TableError::TruncateBelowSealed { sequence: model.id, keep, boundary }));
+        } else {
+            result.unwrap();
+            model.tokens.truncate(keep);
+            model.committed = model.committed.min(keep);
+            assert_eq!(snapshot, copy, "a snapshot never changes");
+            return;
+        }
+        assert_eq!(state(&self.tables), before);
+    }
+
+    pub(super) fn free(&mut self, pick: usize) {
+        if self.models.is_empty() {
+            return;
+        }
+        let index = pick % self.models.len();
+        let before = state(&self.tables);
+        let result = self.tables.free(self.models[index].id);
+        if self.models[index].open {
+            assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
+            assert_eq!(state(&self.tables), before);
+        } else {
+            result.unwrap();
+            let id = self.models.remove(index).id;
+            assert_eq!(self.tables.view(id), Err(TableError::FreedSequence { sequence: id }));
+        }
+    }
+}
