@@ -21,17 +21,15 @@ struct AttendMemory {
   static constexpr int ring = warps * (keys + values), merge = WarpResults<L::D, NT, warps>::bytes;
   static constexpr int barriers = (ring > merge ? ring : merge + 15) / 16 * 16, flag = barriers + 64, fragments = flag + 64;
   static constexpr int rows = fragments + NT * (L::D / 32) * 512;
-  static constexpr int bytes = rows + 8 * NT * L::D * 2;
+  static constexpr int bytes = rows + QueryRows<L::D, NT>::bytes;
 };
 
 template <class L, int NT>
-__device__ __forceinline__ void attend_records(const AttendParams& p, const Item& item, int head, unsigned char* memory,
-                                               Softmax<NT>& softmax, float (&O)[NT][L::D / 16][4]) {
+__device__ __forceinline__ void attend_records(const AttendParams& p, const Item& item, int head, const int (&page)[2],
+                                               unsigned char* memory, Softmax<NT>& softmax, float (&O)[NT][L::D / 16][4]) {
   using M = AttendMemory<L, NT>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tiles = (item.tiles - warp + M::warps - 1) / M::warps;
-  const int32_t* table = p.block_table + item.sequence * p.table_stride + item.first_tile + warp;
-  const int page = lane < tiles ? table[M::warps * lane] : 0;
   unsigned char* keys = memory + warp * M::keys;
   unsigned char* values = memory + M::warps * M::keys + warp * M::values;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + M::barriers) + 2 * warp;
@@ -39,18 +37,20 @@ __device__ __forceinline__ void attend_records(const AttendParams& p, const Item
   fetch_keys.init(keys, barriers, lane);
   fetch_values.init(values, barriers + 1, lane);
   const auto record = [&](int j) {
-    const int64_t id = __shfl_sync(kFullWarp, page, j % 32);
+    const int64_t id = __shfl_sync(kFullWarp, j < 32 / M::warps ? page[0] : page[1], (warp + M::warps * j) % 32);
     return p.cache.pages + (id * p.cache.kv_heads + head) * L::record_bytes;
   };
   fetch_keys.template issue<M::keys>(record(0), tiles > 0, lane);
   fetch_values.template issue<M::values>(record(0) + L::value_codes, tiles > 0, lane);
 
-  __half* rows = reinterpret_cast<__half*>(memory + M::rows);
   uint4* fragments = reinterpret_cast<uint4*>(memory + M::fragments);
-  load_queries<L::D, NT, M::warps>(p, item, head, rows);
+  const QueryRows<L::D, NT> rows(memory + M::rows);
+  rows.template load<M::warps>(p, item, head);
   __syncthreads();
-  queries_for_records<L::D, NT, L::key_bits>(rows, fragments);
+  const int shift = rows.shift();
+  rows.template fragments<L::key_bits, false>(shift, fragments);
   __syncthreads();
+  const float unit = __uint_as_float(uint32_t(127 - kSubnormal - shift) << 23);
 
   // Tiles between these bounds are seen whole by every column.
   const int low = max(visible(item.position, item.query_tokens - 1, p.window, item.stored).low, 0);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void attend_records(const AttendParams& p, const Item
     const int from = tile == 0 ? p.sink_tokens : 0;
     float S[NT][L::G / 16][4];
     fetch_keys.wait();
-    record_logits<L, NT>(keys, fragments, softmax, cap, S, lane);
+    record_logits<L, NT>(keys, fragments, softmax, unit, cap, S, lane);
     fetch_keys.template issue<M::keys>(record(j + 1), j + 1 < tiles, lane);
     if (first < max(low, from) || first + L::G > high)
       mask(S, first, p.group, item.position, p.window, item.stored, from, lane);
@@ -77,19 +77,20 @@ __device__ __forceinline__ void attend_slot(const AttendParams& p, const Item& i
                                             Softmax<NT>& softmax, float (&O)[NT][L::D / 16][4]) {
   using M = AttendMemory<L, NT>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __half* rows = reinterpret_cast<__half*>(memory + M::rows);
   uint4* fragments = reinterpret_cast<uint4*>(memory + M::fragments);
-  load_queries<L::D, NT, M::warps>(p, item, head, rows);
+  const QueryRows<L::D, NT> rows(memory + M::rows);
+  rows.template load<M::warps>(p, item, head);
   __syncthreads();
-  queries_for_slots<L::D, NT>(rows, fragments);
+  const int shift = rows.shift();
+  rows.template fragments<L::key_bits, true>(shift, fragments);
   __syncthreads();
-  const int64_t slot = p.slot_table[item.sequence * p.table_stride + item.first_tile];
-  const uint16_t* keys = p.cache.slots + (slot * p.cache.kv_heads + head) * 2 * L::G * L::D;
+  const float unit = __uint_as_float(uint32_t(127 - shift) << 23);
+  const uint16_t* keys = p.cache.slots + (int64_t(item.slot) * p.cache.kv_heads + head) * 2 * L::G * L::D;
   const int position = item.first_tile * L::G;
 #pragma unroll 1
   for (int first = warp * 16 * slot_slices<L>; first < item.slot_tokens; first += M::warps * 16 * slot_slices<L>) {
     float S[NT][slot_slices<L>][4];
-    slot_logits<L, NT>(keys, first, fragments, softmax, p.softcap * kLog2E, S, lane);
+    slot_logits<L, NT>(keys, first, fragments, softmax, unit, p.softcap * kLog2E, S, lane);
     mask(S, position + first, p.group, item.position, p.window, min(item.stored, position + item.slot_tokens), 0, lane);
     slot_values<L, NT>(keys + L::G * L::D, first, item.slot_tokens, softmax, S, O, lane);
   }
@@ -99,9 +100,12 @@ template <class L, int NT>
 __device__ __forceinline__ void attend(const AttendParams& p) {
   using M = AttendMemory<L, NT>;
   extern __shared__ __align__(128) unsigned char memory[];
-  if (int(blockIdx.x) >= *p.item_count) return;
-  const Item item = p.items[blockIdx.x];
   const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+  // Independent loads, so that the first record is under way after two latencies.
+  const int32_t* pages = p.item_pages + int64_t(blockIdx.x) * kItemTiles;
+  const int page[2] = {pages[lane], pages[32 + lane]};
+  const Item item = p.items[blockIdx.x];
+  if (int(blockIdx.x) >= *p.item_count) return;
   Softmax<NT> softmax;
   softmax.init();
   float O[NT][L::D / 16][4];
@@ -113,7 +117,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
       for (int i = 0; i < 4; i++) O[b][d][i] = 0;
   const bool records = item.tiles > 0;
   if (records)
-    attend_records<L, NT>(p, item, head, memory, softmax, O);
+    attend_records<L, NT>(p, item, head, page, memory, softmax, O);
   else
     attend_slot<L, NT>(p, item, head, memory, softmax, O);
 

@@ -45,12 +45,15 @@ struct AppendParams {
   int32_t refit, iterations;
 };
 
+// Most record tiles of an item.
+constexpr int kItemTiles = 64;
+
 // A piece of attention: part of one sequence for one block of its queries, by one thread block per KV head.
 struct Item {
-  int32_t sequence;
   int32_t first_tile;  // of the sequence
-  int32_t tiles;       // record tiles; 0: a slot item
-  int32_t slot_tokens; // tokens [first_tile * G, + slot_tokens) read from the tile's slot, in a slot item
+  int32_t tiles;       // record tiles, at most kItemTiles; 0: a slot item
+  int32_t slot;        // of a slot item
+  int32_t slot_tokens; // tokens [first_tile * G, + slot_tokens) are read from it
   int32_t part;        // index among the parts that are merged
   int32_t parts;       // their number
   int32_t query_row;   // first row of q of this block of queries
@@ -65,16 +68,14 @@ struct Item {
 struct AttendParams {
   Tensor q, out;
   Cache cache;
-  const int32_t* block_table;  // [sequences][tiles]
-  const int32_t* slot_table;   // [sequences][tiles]
   const Item* items;           // [items]
+  const int32_t* item_pages;   // [items][kItemTiles]: pages of the record tiles
   const int32_t* item_count;   // on the device, so that a captured graph can follow it
   const float* sink_logits;    // [heads] or null
   float* lse;                  // [rows][heads] or null
   float* partial_out;          // [parts][kv_heads][columns][D]
   float* partial_max_sum;      // [parts][kv_heads][columns][2]
   int32_t* counters;           // [counters][kv_heads], zero between launches
-  int64_t table_stride;        // tiles of a table row
   int32_t dtype, rotated, group, columns;  // group: query heads per KV head; columns: of the largest query block
   int32_t window;              // INT32_MAX: none
   int32_t sink_tokens;         // positions of tile 0 that are read from its slot even when it has a page

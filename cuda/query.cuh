@@ -1,8 +1,9 @@
 // Queries of one item: loaded, rotated, scaled, rounded to half, and laid out as B fragments in shared memory.
 //
 // A query column is one query head of one query token: column = token * group + head within the group. Columns beyond the
-// last are zeros. Queries carry softmax scale * log2(e) * 2^kQueryShift, so logits come out in base 2; the shift keeps
-// small queries away from the subnormal range. Values beyond half range (logits in the thousands) saturate.
+// last are zeros. Queries carry softmax scale * log2(e), so logits come out in base 2, and a power of two, common to the
+// item, that brings the largest element to [2^10, 2^11): small queries stay clear of the subnormals, products of two
+// halves of the range.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -11,7 +12,6 @@
 
 namespace kvarn {
 
-constexpr int kQueryShift = 3;
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float load_element(const Tensor& t, int64_t at, int dtype) {
@@ -69,58 +69,74 @@ __device__ __forceinline__ void rotate_warp(float (&v)[D / 32], int lane) {
   rotate_registers<D / 32>(v);
 }
 
-// Loads `8 * NT` columns to `rows` [8 * NT][D] halves in shared memory, rotated and scaled. All warps take part.
-template <int D, int NT, int Warps>
-__device__ __forceinline__ void load_queries(const AttendParams& p, const Item& item, int head, __half* rows) {
-  const int lane = threadIdx.x % 32, columns = item.query_tokens * p.group;
-  const float factor = p.scale * kLog2E * power_of_two(kQueryShift);
-  for (int column = threadIdx.x / 32; column < 8 * NT; column += Warps) {
-    float v[D / 32];
-    if (column < columns) {
-      const int64_t at = (item.query_row + column / p.group) * p.q.row_stride +
-                         int64_t(head * p.group + column % p.group) * p.q.head_stride;
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) v[i] = load_element(p.q, at + 32 * i + lane, p.dtype);
-      if (!p.rotated) rotate_warp<D>(v, lane);
-    } else {
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) v[i] = 0;
-    }
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-      const float value = v[i] * factor;
-      // A NaN stays one.
-      rows[column * D + 32 * i + lane] =
-          __float2half_rn(value != value ? value : fminf(fmaxf(value, -65504.0f), 65504.0f));
-    }
-  }
-}
-
-// B fragments for record tiles, times 2^-place, as [NT][D / 32][32 lanes] of 16 bytes: k steps 2 j and 2 j + 1.
-template <int D, int NT, int KeyBits>
-__device__ __forceinline__ void queries_for_records(const __half* rows, uint4* fragments) {
-  for (int at = threadIdx.x; at < NT * (D / 32) * 32; at += blockDim.x) {
-    const int lane = at % 32, j = at / 32 % (D / 32), block = at / 32 / (D / 32);
-    const int g = lane / 4, c = lane % 4;
-    const uint32_t* row = reinterpret_cast<const uint32_t*>(rows + (block * 8 + g) * D);
-    uint32_t f[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int step = 2 * j + i / 2, half = i % 2;
-      f[i] = half2_mul(row[8 * step + 4 * half + c], half2_power(-place(D, KeyBits, step, half)));
-    }
-    fragments[at] = make_uint4(f[0], f[1], f[2], f[3]);
-  }
-}
-
-// B fragments for slot tiles. The channels of two k steps are dealt out so that a lane's eight are neighbours (see
-// slot_tile.cuh): the 16 bytes of lane (g, c) are channels 32 j + 8 c … + 7 of column g.
+// Queries in shared memory before they are rounded: [8 NT][D], and the largest magnitude of each column.
 template <int D, int NT>
-__device__ __forceinline__ void queries_for_slots(const __half* rows, uint4* fragments) {
-  for (int at = threadIdx.x; at < NT * (D / 32) * 32; at += blockDim.x) {
-    const int lane = at % 32, j = at / 32 % (D / 32), block = at / 32 / (D / 32);
-    fragments[at] = *reinterpret_cast<const uint4*>(rows + (block * 8 + lane / 4) * D + 32 * j + 8 * (lane % 4));
+struct QueryRows {
+  static constexpr int bytes = 8 * NT * (D + 1) * 4;
+  float* values;
+  float* largest;
+
+  __device__ __forceinline__ explicit QueryRows(unsigned char* memory)
+      : values(reinterpret_cast<float*>(memory)), largest(values + 8 * NT * D) {}
+
+  // Loads, rotates and scales. All warps take part.
+  template <int Warps>
+  __device__ __forceinline__ void load(const AttendParams& p, const Item& item, int head) const {
+    const int lane = threadIdx.x % 32, columns = item.query_tokens * p.group;
+    for (int column = threadIdx.x / 32; column < 8 * NT; column += Warps) {
+      float v[D / 32], m = 0;
+      if (column < columns) {
+        const int64_t at = (item.query_row + column / p.group) * p.q.row_stride +
+                           int64_t(head * p.group + column % p.group) * p.q.head_stride;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) v[i] = load_element(p.q, at + 32 * i + lane, p.dtype);
+        if (!p.rotated) rotate_warp<D>(v, lane);
+      } else {
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) v[i] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) {
+        v[i] *= p.scale * kLog2E;
+        m = fmaxf(m, fabsf(v[i]));  // drops NaN
+        values[column * D + 32 * i + lane] = v[i];
+      }
+#pragma unroll
+      for (int o = 1; o < 32; o *= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, o));
+      if (lane == 0) largest[column] = m;
+    }
   }
-}
+
+  // The common power of two, after a barrier.
+  __device__ __forceinline__ int shift() const {
+    float m = 0;
+#pragma unroll
+    for (int column = 0; column < 8 * NT; column++) m = fmaxf(m, largest[column]);
+    // Zeros, infinities and what would leave float32 behind: any shift will do.
+    const int exponent = int(__float_as_uint(m) >> 23) - 127;
+    return min(max(10 - exponent, -100), 100);
+  }
+
+  // B fragments as [NT][D / 32][32 lanes] of 16 bytes: k steps 2 j and 2 j + 1.
+  //
+  // For records: times 2^-place. For slots: the channels of two k steps are dealt out so that a lane's eight are
+  // neighbours (see slot_tile.cuh): those of lane (g, c) are channels 32 j + 8 c … + 7 of column g.
+  template <int KeyBits, bool Slots>
+  __device__ __forceinline__ void fragments(int shift, uint4* out) const {
+    const float factor = __uint_as_float(uint32_t(127 + shift) << 23);
+    for (int at = threadIdx.x; at < NT * (D / 32) * 32; at += blockDim.x) {
+      const int lane = at % 32, j = at / 32 % (D / 32), block = at / 32 / (D / 32);
+      const float* row = values + (block * 8 + lane / 4) * D + 32 * j;
+      uint32_t f[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int channel = Slots ? 8 * (lane % 4) + 2 * i : 16 * (i / 2) + 8 * (i % 2) + 2 * (lane % 4);
+        const float unit = Slots ? factor : factor * power_of_two(-place(D, KeyBits, 2 * j + i / 2, i % 2));
+        f[i] = pack_half2(row[channel] * unit, row[channel + 1] * unit);
+      }
+      out[at] = make_uint4(f[0], f[1], f[2], f[3]);
+    }
+  }
+};
 
 }  // namespace kvarn

@@ -39,11 +39,11 @@ __device__ __forceinline__ void load_row_order(uint32_t (&r)[Blocks], const unsi
   }
 }
 
-// Logits of a tile in base 2, measured from the softmax's bases. `keys` is the K part of a record in shared memory; `cap`
-// is the soft cap in base 2, 0 for none.
+// Logits of a tile in base 2, measured from the softmax's bases. `keys` is the K part of a record in shared memory; `unit`
+// undoes the queries' power of two and the codes' weight, `cap` is the soft cap in base 2, 0 for none.
 template <class L, int NT>
 __device__ __forceinline__ void record_logits(const unsigned char* keys, const uint4* queries, const Softmax<NT>& softmax,
-                                              float cap, float (&S)[NT][L::G / 16][4], int lane) {
+                                              float unit, float cap, float (&S)[NT][L::G / 16][4], int lane) {
   constexpr int D = L::D, G = L::G, B = L::key_bits, KT = D / 16, MT = G / 16;
   constexpr int kinds = place_kinds<D, B>();
   constexpr bool mixed = mixed_places(D, B);
@@ -101,16 +101,13 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
   }
   uint32_t token[MT];
   load_row_order<MT>(token, keys + L::key_token_scale, g);
+  float low[MT], high[MT];
 #pragma unroll
   for (int t = 0; t < MT; t++) {
-    float2 s = unpack_half2(token[t]);
-    constexpr float unit = power_of_two(-kSubnormal - kQueryShift);
-    s.x *= unit, s.y *= unit;
-#pragma unroll
-    for (int b = 0; b < NT; b++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) S[b][t][i] = to_logit(S[b][t][i], i < 2 ? s.x : s.y, cap, softmax.base[b][i % 2]);
+    const float2 s = unpack_half2(token[t]);
+    low[t] = s.x * unit, high[t] = s.y * unit;
   }
+  to_logits(S, low, high, cap, softmax);
 }
 
 // Adds a tile's values, weighted by the probabilities of its logits S (measured from the softmax's bases), to O. O comes

@@ -1,7 +1,7 @@
 // A quarter of a slot (sink or tail tokens in 16 bit) against the queries of an item: one warp, straight from global memory.
 //
 // Every load is 16 bytes: eight neighbouring channels of one token. For K the channels of two k steps are dealt out to the
-// lanes accordingly (queries_for_slots does the same), which changes nothing in a sum over channels. For V, 8 x 8 blocks
+// lanes accordingly (QueryRows::fragments does the same), which changes nothing in a sum over channels. For V, 8 x 8 blocks
 // are transposed in registers, and the output's rows are a permutation of the channels: see `slot_output_channel`.
 //
 // Cost: (G/4) D 4 bytes from global memory, read once.
@@ -18,7 +18,7 @@ constexpr int slot_slices = L::G / 64;
 // Logits of slices at token `first` on, measured from the softmax's bases.
 template <class L, int NT>
 __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, const uint4* queries,
-                                            const Softmax<NT>& softmax, float cap, float (&S)[NT][slot_slices<L>][4], int lane) {
+                                            const Softmax<NT>& softmax, float unit, float cap, float (&S)[NT][slot_slices<L>][4], int lane) {
   constexpr int D = L::D;
   const int g = lane / 4, c = lane % 4;
   uint32_t x[slot_slices<L>][2][D / 32][4];
@@ -44,9 +44,11 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, con
           mma(S[b][t], a, q[2 * s], q[2 * s + 1], S[b][t]);
         }
       }
-#pragma unroll
-      for (int i = 0; i < 4; i++) S[b][t][i] = to_logit(S[b][t][i], power_of_two(-kQueryShift), cap, softmax.base[b][i % 2]);
     }
+  float units[slot_slices<L>];
+#pragma unroll
+  for (int t = 0; t < slot_slices<L>; t++) units[t] = unit;
+  to_logits(S, units, units, cap, softmax);
 }
 
 // Probabilities, their sum and the weighted values. Tokens from `stored` on are read as zeros: what lies there was

@@ -94,15 +94,32 @@ __device__ __forceinline__ void mask(float (&S)[NT][MT][4], int first, int group
     }
 }
 
-// Soft cap of a logit in base 2: cap * tanh(x / cap), with cap in base 2 as well.
-__device__ __forceinline__ float soft_cap(float x, float cap) {
-  const float e = exp2_approx(fminf(fabsf(x) * (2.0f * 1.4426950408889634f) / cap, 126.0f));
-  return copysignf(cap - 2.0f * cap / (e + 1.0f), x);
-}
-
-// A sum of products to a logit measured from `base`.
-__device__ __forceinline__ float to_logit(float sum, float scale, float cap, float base) {
-  return cap == 0.0f ? fmaf(sum, scale, -base) : soft_cap(sum * scale, cap) - base;
+// Sums of products to logits measured from the softmax's bases: S[b][t][i] times `low` (i < 2, row g) or `high` (row g + 8)
+// of slice t. `cap` is the soft cap in base 2, cap tanh(x / cap); 0 for none.
+template <int NT, int MT>
+__device__ __forceinline__ void to_logits(float (&S)[NT][MT][4], const float (&low)[MT], const float (&high)[MT], float cap,
+                                          const Softmax<NT>& softmax) {
+  if (cap == 0.0f) {
+#pragma unroll
+    for (int b = 0; b < NT; b++)
+#pragma unroll
+      for (int t = 0; t < MT; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) S[b][t][i] = fmaf(S[b][t][i], i < 2 ? low[t] : high[t], -softmax.base[b][i % 2]);
+  } else {
+    const float rate = __fdividef(2.0f * 1.4426950408889634f, cap);
+#pragma unroll
+    for (int b = 0; b < NT; b++)
+#pragma unroll
+      for (int t = 0; t < MT; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float x = S[b][t][i] * (i < 2 ? low[t] : high[t]);
+          // tanh(y) = 1 - 2 / (e^(2 y) + 1) for y >= 0; an infinite e gives 1.
+          const float tanh = 1.0f - __fdividef(2.0f, exp2_approx(fminf(fabsf(x) * rate, 120.0f)) + 1.0f);
+          S[b][t][i] = copysignf(cap * tanh, x) - softmax.base[b][i % 2];
+        }
+  }
 }
 
 }  // namespace kvarn
