@@ -1,8 +1,9 @@
 // Attention over records and slots: rotation of queries and outputs, sinks and tail, all in one launch per layer.
 //
-// Grid (items, kv_heads), four warps. An item is a run of record tiles of one sequence, or one slot, for a block of up to
-// 8 NT query columns (plan: crates/kvarn-cuda/src/plan.rs). In a record item each warp takes every fourth tile: K and V of
-// its next tile are under way while it works (fetch.cuh), one buffer each. In a slot item each warp takes a quarter.
+// Grid (items, kv_heads), four warps (two where a record is so large that four do not fit). An item is a run of record
+// tiles of one sequence, or one slot, for a block of up to 8 NT query columns (plan: crates/kvarn-cuda/src/plan.rs). In a
+// record item the warps take turns at the tiles: K and V of a warp's next tile are under way while it works (fetch.cuh),
+// one buffer each. In a slot item they take turns at its quarters.
 //
 // Bound by: bytes of the records, read once from global memory; about 55 KB under way per block at D 128, k4v2.
 #pragma once
@@ -16,9 +17,9 @@ namespace kvarn {
 template <class L, int NT>
 struct AttendMemory {
   static constexpr int keys = L::key_end, values = L::value_end - L::value_codes;
-  static constexpr int ring = 4 * (keys + values);
-  static constexpr int main = (ring > WarpResults<L::D, NT>::bytes ? ring : WarpResults<L::D, NT>::bytes + 15) / 16 * 16;
-  static constexpr int barriers = main, flag = barriers + 4 * 2 * 8, fragments = flag + 64;
+  static constexpr int warps = 4 * (keys + values) <= 208 * 1024 ? 4 : 2;
+  static constexpr int ring = warps * (keys + values), merge = WarpResults<L::D, NT, warps>::bytes;
+  static constexpr int barriers = (ring > merge ? ring : merge + 15) / 16 * 16, flag = barriers + 64, fragments = flag + 64;
   static constexpr int rows = fragments + NT * (L::D / 32) * 512;
   static constexpr int bytes = rows + 8 * NT * L::D * 2;
 };
@@ -28,11 +29,11 @@ __device__ __forceinline__ void attend_records(const AttendParams& p, const Item
                                                Softmax<NT>& softmax, float (&O)[NT][L::D / 16][4]) {
   using M = AttendMemory<L, NT>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int tiles = (item.tiles - warp + 3) / 4;
+  const int tiles = (item.tiles - warp + M::warps - 1) / M::warps;
   const int32_t* table = p.block_table + item.sequence * p.table_stride + item.first_tile + warp;
-  const int page = lane < tiles ? table[4 * lane] : 0;
+  const int page = lane < tiles ? table[M::warps * lane] : 0;
   unsigned char* keys = memory + warp * M::keys;
-  unsigned char* values = memory + 4 * M::keys + warp * M::values;
+  unsigned char* values = memory + M::warps * M::keys + warp * M::values;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + M::barriers) + 2 * warp;
   Fetch fetch_keys, fetch_values;
   fetch_keys.init(keys, barriers, lane);
@@ -46,7 +47,7 @@ __device__ __forceinline__ void attend_records(const AttendParams& p, const Item
 
   __half* rows = reinterpret_cast<__half*>(memory + M::rows);
   uint4* fragments = reinterpret_cast<uint4*>(memory + M::fragments);
-  load_queries<L::D, NT, 4>(p, item, head, rows);
+  load_queries<L::D, NT, M::warps>(p, item, head, rows);
   __syncthreads();
   queries_for_records<L::D, NT, L::key_bits>(rows, fragments);
   __syncthreads();
@@ -57,7 +58,7 @@ __device__ __forceinline__ void attend_records(const AttendParams& p, const Item
   const float cap = p.softcap * kLog2E;
 #pragma unroll 1
   for (int j = 0; j < tiles; j++) {
-    const int tile = item.first_tile + warp + 4 * j, first = tile * L::G;
+    const int tile = item.first_tile + warp + M::warps * j, first = tile * L::G;
     const int from = tile == 0 ? p.sink_tokens : 0;
     float S[NT][L::G / 16][4];
     fetch_keys.wait();
@@ -78,19 +79,20 @@ __device__ __forceinline__ void attend_slot(const AttendParams& p, const Item& i
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __half* rows = reinterpret_cast<__half*>(memory + M::rows);
   uint4* fragments = reinterpret_cast<uint4*>(memory + M::fragments);
-  load_queries<L::D, NT, 4>(p, item, head, rows);
+  load_queries<L::D, NT, M::warps>(p, item, head, rows);
   __syncthreads();
   queries_for_slots<L::D, NT>(rows, fragments);
   __syncthreads();
-  const int first = warp * 16 * slot_slices<L>;
-  if (first >= item.slot_tokens) return;
   const int64_t slot = p.slot_table[item.sequence * p.table_stride + item.first_tile];
   const uint16_t* keys = p.cache.slots + (slot * p.cache.kv_heads + head) * 2 * L::G * L::D;
   const int position = item.first_tile * L::G;
-  float S[NT][slot_slices<L>][4];
-  slot_logits<L, NT>(keys, first, fragments, p.softcap * kLog2E, S, lane);
-  mask(S, position + first, p.group, item.position, p.window, min(item.stored, position + item.slot_tokens), 0, lane);
-  slot_values<L, NT>(keys + L::G * L::D, first, 0, item.slot_tokens, softmax, S, O, lane);
+#pragma unroll 1
+  for (int first = warp * 16 * slot_slices<L>; first < item.slot_tokens; first += M::warps * 16 * slot_slices<L>) {
+    float S[NT][slot_slices<L>][4];
+    slot_logits<L, NT>(keys, first, fragments, softmax, p.softcap * kLog2E, S, lane);
+    mask(S, position + first, p.group, item.position, p.window, min(item.stored, position + item.slot_tokens), 0, lane);
+    slot_values<L, NT>(keys + L::G * L::D, first, item.slot_tokens, softmax, S, O, lane);
+  }
 }
 
 template <class L, int NT>
@@ -116,7 +118,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
     attend_slot<L, NT>(p, item, head, memory, softmax, O);
 
   __syncthreads();  // the buffers are free now
-  const WarpResults<L::D, NT> results(memory);
+  const WarpResults<L::D, NT, M::warps> results(memory);
 #pragma unroll
   for (int b = 0; b < NT; b++) {
 #pragma unroll
@@ -124,7 +126,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int channel = records ? 16 * d + g + 8 * (i / 2) : slot_output_channel(d, i / 2, g);
-        const float unit = records ? record_output_unit<L::value_bits>(d, i / 2) : 1.0f;
+        const float unit = records ? record_output_unit<L>(d, i / 2) : 1.0f;
         results.out[(warp * 8 * NT + 8 * b + 2 * c + i % 2) * results.row + channel] = O[b][d][i] * unit;
       }
     if (g == 0)
@@ -133,7 +135,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
         results.max_sum[warp * 8 * NT + 8 * b + 2 * c + i] = make_float2(softmax.base[b][i], softmax.sum[b][i]);
   }
   __syncthreads();
-  combine<L::D, NT>(p, item, head, results, reinterpret_cast<int*>(memory + M::flag));
+  combine<L::D, NT, M::warps>(p, item, head, results, reinterpret_cast<int*>(memory + M::flag));
 }
 
 }  // namespace kvarn
@@ -143,7 +145,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
 
 // The entry point of one configuration.
 #define KVARN_ATTEND(D, G, K, V, NT)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(128, KVARN_ATTEND_BLOCKS(D, NT))                                           \
+  extern "C" __global__ void __launch_bounds__(32 * kvarn::AttendMemory<kvarn::Layout<D, G, K, V>, NT>::warps,            \
+                                               KVARN_ATTEND_BLOCKS(D, NT))                                                \
       kvarn_attend_d##D##_g##G##_k##K##v##V##_n##NT(const __grid_constant__ kvarn::AttendParams p) {                      \
     kvarn::attend<kvarn::Layout<D, G, K, V>, NT>(p);                                                                      \
   }

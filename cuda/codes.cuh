@@ -44,8 +44,9 @@ __host__ __device__ constexpr int fragment_register(int h, int u) {
   return Key ? u + 2 * h : h + 2 * u;
 }
 
-// Fragment `i`, counted from the first one of `w`.
-template <int Bits, bool Key>
+// Fragment `i`, counted from the first one of `w`. With `Mixed`, 3-bit codes that lie at bit 0 are moved to the place of the
+// others.
+template <int Bits, bool Key, bool Mixed>
 __device__ __forceinline__ void expand_codes(const uint32_t* w, int i, uint32_t (&f)[4]) {
   constexpr int r00 = fragment_register<Key>(0, 0), r10 = fragment_register<Key>(1, 0);
   constexpr int r01 = fragment_register<Key>(0, 1), r11 = fragment_register<Key>(1, 1);
@@ -72,18 +73,19 @@ __device__ __forceinline__ void expand_codes(const uint32_t* w, int i, uint32_t 
     } else {
       f[r00] = v[0] & 0x00070007u, f[r01] = v[1] & 0x00070007u, f[r10] = v[2] & 0x00070007u;
       f[r11] = (v[0] >> 15 & 0x00010001u) | (v[1] >> 14 & 0x00020002u) | (v[2] >> 13 & 0x00040004u);
+      if constexpr (Mixed) f[r00] <<= 3, f[r01] <<= 3, f[r10] <<= 6, f[r11] <<= 6;
     }
   }
 }
 
 // Fragments of a slice are of this many kinds, alike in their places: the kind of fragment `i`.
-template <int Bits>
+template <int D, int Bits>
 __host__ __device__ constexpr int place_kind(int i) {
-  return Bits == 2 ? i % 2 : Bits == 3 ? i % 4 == 3 : 0;
+  return Bits == 2 ? i % 2 : Bits == 3 && !mixed_places(D, Bits) ? i % 4 == 3 : 0;
 }
-template <int Bits>
+template <int D, int Bits>
 __host__ __device__ constexpr int place_kinds() {
-  return Bits == 2 || Bits == 3 ? 2 : 1;
+  return Bits == 2 || (Bits == 3 && !mixed_places(D, Bits)) ? 2 : 1;
 }
 // A fragment of that kind.
 template <int Bits>

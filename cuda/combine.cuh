@@ -1,7 +1,7 @@
 // From the partial results of warps and thread blocks to the output.
 //
 // A partial result is (max, sum, out): out / sum is attention over some of the keys, max what logits were measured from,
-// base 2. Merges happen in a fixed order: the four warps of a block, then the parts of a query block by index, done by the
+// base 2. Merges happen in a fixed order: the warps of a block, then the parts of a query block by index, done by the
 // thread block that arrives last. How a sequence is cut into parts depends on its own length only, so a result does not
 // depend on the batch.
 #pragma once
@@ -55,29 +55,30 @@ __device__ __forceinline__ void write_column(const AttendParams& p, const Item& 
 }
 
 // Where warps leave their partial results: [warp][column][kRow] and, behind, [warp][column] of (max, sum).
-template <int D, int NT>
+template <int D, int NT, int Warps>
 struct WarpResults {
   static constexpr int row = D + 4;  // keeps the lanes of a fragment apart in the banks
-  static constexpr int bytes = 4 * 8 * NT * (row + 2) * 4;
+  static constexpr int bytes = Warps * 8 * NT * (row + 2) * 4;
   float* out;
   float2* max_sum;
 
   __device__ __forceinline__ explicit WarpResults(unsigned char* memory)
-      : out(reinterpret_cast<float*>(memory)), max_sum(reinterpret_cast<float2*>(memory + 4 * 8 * NT * row * 4)) {}
+      : out(reinterpret_cast<float*>(memory)), max_sum(reinterpret_cast<float2*>(memory + Warps * 8 * NT * row * 4)) {}
 };
 
 // Merges the warps' results of every column and hands them on: to the output if they are all there is, else to the
 // workspace; the block that arrives last merges the workspace. All threads call, after a barrier.
-template <int D, int NT>
-__device__ __forceinline__ void combine(const AttendParams& p, const Item& item, int head, const WarpResults<D, NT>& warps, int* flag) {
+template <int D, int NT, int Warps>
+__device__ __forceinline__ void combine(const AttendParams& p, const Item& item, int head,
+                                        const WarpResults<D, NT, Warps>& warps, int* flag) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = item.query_tokens * p.group;
   const int64_t part_stride = int64_t(p.cache.kv_heads) * p.columns;
   const int64_t first = (int64_t(item.first_part) * p.cache.kv_heads + head) * p.columns;
-  for (int column = warp; column < columns; column += 4) {
+  for (int column = warp; column < columns; column += Warps) {
     Column<D> result;
     result.init();
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
+    for (int w = 0; w < Warps; w++) {
       const float2 ms = warps.max_sum[w * 8 * NT + column];
       result.add(ms.x, ms.y, [&](int i) { return warps.out[(w * 8 * NT + column) * warps.row + 32 * i + lane]; });
     }
@@ -102,7 +103,7 @@ __device__ __forceinline__ void combine(const AttendParams& p, const Item& item,
   }
   __syncthreads();
   if (!*flag) return;
-  for (int column = warp; column < columns; column += 4) {
+  for (int column = warp; column < columns; column += Warps) {
     Column<D> result;
     result.init();
     const int64_t at = first + column;

@@ -48,10 +48,17 @@ KVARN_HOST_DEVICE constexpr int code_word_byte(int words, int lane, int word) {
   return word < whole ? word / 4 * 512 + 16 * lane + 4 * (word % 4) : 128 * whole + 4 * rest * lane + 4 * (word - whole);
 }
 
-// Lowest bit of the codes of a fragment in their words: `place` is the weight 2^place with which a code enters the tensor
-// cores; `half` is the k half for K and the row half for V.
-KVARN_HOST_DEVICE constexpr int place(int bits, int fragment, int half) {
-  return bits == 4 ? 4 * half : bits == 2 ? 4 * (fragment % 2) + 2 * half : bits == 8 ? 0 : fragment % 4 == 3 ? 0 : 3 + 3 * half;
+// Whether the place of a 3-bit code depends on its slice too: where a slice is no multiple of four fragments.
+KVARN_HOST_DEVICE constexpr bool mixed_places(int D, int bits) { return bits == 3 && D % 64 != 0; }
+
+// Lowest bit of the codes of a fragment (counted within its slice) in half precision: a code enters the tensor cores with
+// the weight 2^place. `half` is the k half for K and the row half for V.
+KVARN_HOST_DEVICE constexpr int place(int D, int bits, int fragment, int half) {
+  return bits == 4                                                   ? 4 * half
+         : bits == 2                                                 ? 4 * (fragment % 2) + 2 * half
+         : bits == 8                                                 ? 0
+         : bits == 3 && !mixed_places(D, bits) && fragment % 4 == 3 ? 0
+                                                                     : 3 + 3 * half;
 }
 
 }  // namespace kvarn

@@ -37,6 +37,12 @@ __device__ __forceinline__ uint32_t half2_mul(uint32_t a, uint32_t b) {
   return r;
 }
 
+__device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));

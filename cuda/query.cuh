@@ -107,7 +107,7 @@ __device__ __forceinline__ void queries_for_records(const __half* rows, uint4* f
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int step = 2 * j + i / 2, half = i % 2;
-      f[i] = half2_mul(row[8 * step + 4 * half + c], half2_power(-place(KeyBits, step, half)));
+      f[i] = half2_mul(row[8 * step + 4 * half + c], half2_power(-place(D, KeyBits, step, half)));
     }
     fragments[at] = make_uint4(f[0], f[1], f[2], f[3]);
   }

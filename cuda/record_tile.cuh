@@ -7,6 +7,10 @@
 // g + 8 those of k half 1, which separates the place values; for V, rows g carry z_tok and rows g + 8 ones, which gives
 // e_h and the softmax denominator together.
 //
+// Codes count from the middle of their range: with m = 2^(bits - 1), zero points become z + m s and -m Q' (-m P') is added
+// by one more product each. Sums of codes then no longer nearly cancel against zero points, which would multiply the
+// rounding of Q' and P' to half by the distance of the codes from zero.
+//
 // Cost per tile: bytes of the record from shared memory once; (G/16)(D/16)(2 NT) code products and (D/16 + G/16) NT more.
 #pragma once
 #include "codes.cuh"
@@ -41,7 +45,9 @@ template <class L, int NT>
 __device__ __forceinline__ void record_logits(const unsigned char* keys, const uint4* queries, const Softmax<NT>& softmax,
                                               float cap, float (&S)[NT][L::G / 16][4], int lane) {
   constexpr int D = L::D, G = L::G, B = L::key_bits, KT = D / 16, MT = G / 16;
-  constexpr int kinds = place_kinds<B>();
+  constexpr int kinds = place_kinds<D, B>();
+  constexpr bool mixed = mixed_places(D, B);
+  constexpr uint32_t middle = half2_power(B - 1), minus_middle = middle | 0x80008000u;
   const int g = lane / 4, c = lane % 4;
   uint32_t q[NT][KT][2];
   float seed[NT][4];
@@ -55,10 +61,14 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
 #pragma unroll
       for (int k = 0; k < KT; k++) {
         if (k % 2 == 0) load128(&q[b][k][0], queries + (b * (KT / 2) + k / 2) * 32 + lane);
-        const uint32_t az[4] = {zero[2 * k], 0u, 0u, zero[2 * k + 1]};
-        mma(cz[place_kind<B>(k)], az, q[b][k][0], q[b][k][1], cz[place_kind<B>(k)]);
+        float(&c_h)[4] = cz[place_kind<D, B>(k)];
+        const uint32_t az[4] = {half2_fma(scale[2 * k], middle, zero[2 * k]), 0u, 0u,
+                                half2_fma(scale[2 * k + 1], middle, zero[2 * k + 1])};
+        mma(c_h, az, q[b][k][0], q[b][k][1], c_h);
         q[b][k][0] = half2_mul(q[b][k][0], scale[2 * k]);
         q[b][k][1] = half2_mul(q[b][k][1], scale[2 * k + 1]);
+        const uint32_t am[4] = {minus_middle, 0u, 0u, minus_middle};
+        mma(c_h, am, q[b][k][0], q[b][k][1], c_h);
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -67,7 +77,7 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
         for (int kind = 0; kind < kinds; kind++)
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            s = fmaf(cz[kind][2 * half + i], power_of_two(place(B, kind_example<B>(kind), half) + kSubnormal), s);
+            s = fmaf(cz[kind][2 * half + i], power_of_two(place(D, B, kind_example<B>(kind), half) + kSubnormal), s);
         seed[b][i] = seed[b][2 + i] = s;
       }
     }
@@ -84,7 +94,7 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
 #pragma unroll
       for (int i = 0; i < step; i++) {
         uint32_t f[4];
-        expand_codes<B, true>(w[i / load], i % load * KT + k, f);
+        expand_codes<B, true, mixed>(w[i / load], i % load * KT + k, f);
 #pragma unroll
         for (int b = 0; b < NT; b++) mma(S[b][t + i], f, q[b][k][0], q[b][k][1], k ? S[b][t + i] : seed[b]);
       }
@@ -109,7 +119,9 @@ template <class L, int NT>
 __device__ __forceinline__ void record_values(const unsigned char* values, Softmax<NT>& softmax, float (&S)[NT][L::G / 16][4],
                                               float (&O)[NT][L::D / 16][4], int lane) {
   constexpr int D = L::D, G = L::G, B = L::value_bits, DT = D / 16, MT = G / 16, origin = L::value_codes;
-  constexpr int kinds = place_kinds<B>();
+  constexpr int kinds = place_kinds<D, B>();
+  constexpr bool mixed = mixed_places(D, B);
+  constexpr uint32_t middle = half2_power(B - 1), minus_middle = middle | 0x80008000u;
   const int g = lane / 4, c = lane % 4;
   uint32_t P[NT][MT][2];
   float ez[NT][2][4];
@@ -118,8 +130,9 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
   while (true) {
     if (__any_sync(kFullWarp, redo)) softmax.rebase(S, O);
     redo = false;
-    uint32_t zero[2 * MT];
+    uint32_t zero[2 * MT], scale[2 * MT];
     load_k_order<MT>(zero, values + L::value_token_zero - origin, c);
+    load_k_order<MT>(scale, values + L::value_token_scale - origin, c);
 #pragma unroll
     for (int b = 0; b < NT; b++) {
 #pragma unroll
@@ -127,7 +140,8 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
 #pragma unroll
       for (int t = 0; t < MT; t++) {
         probabilities(S[b][t], P[b][t]);
-        const uint32_t az[4] = {zero[2 * t], 0x3C003C00u, zero[2 * t + 1], 0x3C003C00u};
+        const uint32_t az[4] = {half2_fma(scale[2 * t], middle, zero[2 * t]), 0x3C003C00u,
+                                half2_fma(scale[2 * t + 1], middle, zero[2 * t + 1]), 0x3C003C00u};
         mma(ez[b][t % 2], az, P[b][t][0], P[b][t][1], ez[b][t % 2]);
       }
       redo |= ez[b][0][2] + ez[b][1][2] > kLargestSum || ez[b][0][3] + ez[b][1][3] > kLargestSum;
@@ -144,6 +158,8 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
       for (int t = 0; t < MT; t++) {
         P[b][t][0] = half2_mul(P[b][t][0], scale[2 * t]);
         P[b][t][1] = half2_mul(P[b][t][1], scale[2 * t + 1]);
+        const uint32_t am[4] = {minus_middle, 0u, minus_middle, 0u};
+        mma(ez[b][t % 2], am, P[b][t][0], P[b][t][1], ez[b][t % 2]);
       }
       softmax.sum[b][0] += ez[b][0][2] + ez[b][1][2];
       softmax.sum[b][1] += ez[b][0][3] + ez[b][1][3];
@@ -154,7 +170,7 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
 #pragma unroll
           for (int i = 0; i < 2; i++)
             seed[b][kind][2 * half + i] =
-                (ez[b][0][i] + ez[b][1][i]) * power_of_two(place(B, kind_example<B>(kind), half) + kSubnormal);
+                (ez[b][0][i] + ez[b][1][i]) * power_of_two(place(D, B, kind_example<B>(kind), half) + kSubnormal);
     }
   }
   float A[NT][DT][4];
@@ -168,10 +184,10 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
 #pragma unroll
       for (int d = 0; d < DT; d++) {
         uint32_t f[4];
-        expand_codes<B, false>(w, i * DT + d, f);
+        expand_codes<B, false, mixed>(w, i * DT + d, f);
 #pragma unroll
         for (int b = 0; b < NT; b++)
-          mma(A[b][d], f, P[b][t + i][0], P[b][t + i][1], t + i ? A[b][d] : seed[b][place_kind<B>(d)]);
+          mma(A[b][d], f, P[b][t + i][0], P[b][t + i][1], t + i ? A[b][d] : seed[b][place_kind<D, B>(d)]);
       }
   }
   uint32_t scale[DT];
@@ -188,9 +204,9 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
 }
 
 // What O[.][block][2 half ..] of record tiles must be multiplied by.
-template <int ValueBits>
+template <class L>
 __host__ __device__ constexpr float record_output_unit(int block, int half) {
-  return power_of_two(-place(ValueBits, block, half) - kSubnormal);
+  return power_of_two(-place(L::D, L::value_bits, block, half) - kSubnormal);
 }
 
 }  // namespace kvarn

@@ -11,14 +11,14 @@
 
 namespace kvarn {
 
-// Slices of 16 tokens that each of the four warps takes.
+// Slices of 16 tokens of a quarter.
 template <class L>
 constexpr int slot_slices = L::G / 64;
 
-// Logits of slices at token `first` on, measured from base 0.
+// Logits of slices at token `first` on, measured from the softmax's bases.
 template <class L, int NT>
-__device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, const uint4* queries, float cap,
-                                            float (&S)[NT][slot_slices<L>][4], int lane) {
+__device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, const uint4* queries,
+                                            const Softmax<NT>& softmax, float cap, float (&S)[NT][slot_slices<L>][4], int lane) {
   constexpr int D = L::D;
   const int g = lane / 4, c = lane % 4;
   uint32_t x[slot_slices<L>][2][D / 32][4];
@@ -45,14 +45,14 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, con
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; i++) S[b][t][i] = to_logit(S[b][t][i], power_of_two(-kQueryShift), cap, 0.0f);
+      for (int i = 0; i < 4; i++) S[b][t][i] = to_logit(S[b][t][i], power_of_two(-kQueryShift), cap, softmax.base[b][i % 2]);
     }
 }
 
-// Probabilities, their sum and the weighted values. Tokens outside [low, high) of the slot are read as zeros: what lies
-// there was never stored.
+// Probabilities, their sum and the weighted values. Tokens from `stored` on are read as zeros: what lies there was
+// never stored.
 template <class L, int NT>
-__device__ __forceinline__ void slot_values(const uint16_t* values, int first, int low, int high, Softmax<NT>& softmax,
+__device__ __forceinline__ void slot_values(const uint16_t* values, int first, int stored, Softmax<NT>& softmax,
                                             float (&S)[NT][slot_slices<L>][4], float (&O)[NT][L::D / 16][4], int lane) {
   constexpr int D = L::D;
   const int g = lane / 4, c = lane % 4;
@@ -77,10 +77,9 @@ __device__ __forceinline__ void slot_values(const uint16_t* values, int first, i
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int token = first + 16 * t + 8 * half + g;
-        const bool stored = token >= low && token < high;
-        load128(v[half], values + (stored ? token : low) * D + 32 * j + 8 * c);
+        load128(v[half], values + (token < stored ? token : 0) * D + 32 * j + 8 * c);
 #pragma unroll
-        for (int m = 0; m < 4; m++) v[half][m] = transpose8x8(stored ? v[half][m] : 0u);
+        for (int m = 0; m < 4; m++) v[half][m] = transpose8x8(token < stored ? v[half][m] : 0u);
       }
 #pragma unroll
       for (int n = 0; n < 2; n++) {

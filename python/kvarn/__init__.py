@@ -1,8 +1,12 @@
 """kvarn: a quantised KV cache for LLM inference.
 
-The codec (`encode`, `decode`), the cache memory of a model (`Pool`), and their errors (`kvarn.errors`).
+The codec (`encode`, `decode`), the cache memory of a model (`Pool`), the cache of
+transformers models (`KVarNCache`), and their errors (`kvarn.errors`).
 Source of the method: KVarN, arXiv 2606.03458.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from kvarn._kvarn import __version__
 from kvarn.codec import (
@@ -31,6 +35,9 @@ from kvarn.errors import (
 from kvarn.pool import LayerShape, Pool, Sequence, Stats
 from kvarn.step import Step
 
+if TYPE_CHECKING:
+    from kvarn.integrations.transformers import KVarNCache
+
 __all__ = [
     "CapacityError",
     "Config",
@@ -39,6 +46,7 @@ __all__ = [
     "DeviceError",
     "EncodeCounts",
     "FormatError",
+    "KVarNCache",
     "KvarnError",
     "LayerShape",
     "NonFiniteError",
@@ -58,3 +66,16 @@ __all__ = [
     "save_records",
     "to_published",
 ]
+
+# Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
+_LAZY = {"KVarNCache": "kvarn.integrations.transformers"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

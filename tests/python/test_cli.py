@@ -67,7 +67,7 @@ class TestDoctor:
         found = _json(capsys, "doctor", "--json")
         assert found["versions"]["kvarn"] == kvarn.__version__
         assert found["versions"]["torch"]
-        assert found["threads"]["usable"] >= 1
+        assert found["threads"]["pool"] >= 1
         assert all(isinstance(name, str) for name in found["cpu_features"])
         assert found["usable"]["transformers cache"][0] is True
         assert found["usable"]["CUDA"][0] is False

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     machine = table("Machine", "what", "value")
     machine.add_row("platform", found["platform"])
     machine.add_row("CPU features", ", ".join(found["cpu_features"]) or "none used")
-    machine.add_row("threads", f"{found['threads']['usable']} usable of {found['threads']['logical']}")
+    machine.add_row("threads", f"{found['threads']['pool']} used by kvarn, {found['threads']['logical']} cores")
     machine.add_row("NVIDIA driver", _driver_text(found["cuda_driver"]))
     usable = table("Usable here", "what", "")
     for name, (works, why) in found["usable"].items():
@@ -53,7 +53,7 @@ def report() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "cpu_features": list(_kvarn.cpu_features()),
-        "threads": {"usable": _usable_threads(), "logical": os.cpu_count()},
+        "threads": {"pool": _kvarn.threads(), "logical": os.cpu_count()},
         "cuda_driver": cuda_driver_version(),
         "usable": _usable(versions),
     }
@@ -89,10 +89,6 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _usable_threads() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _driver_text(found: tuple[int, int] | None) -> str:

@@ -1,0 +1,1 @@
+"""Adapters that put the kvarn pool behind the cache interfaces of other libraries."""

@@ -1,0 +1,18 @@
+"""The kvarn pool as a transformers cache, and its attention function, registered as ``"kvarn"``.
+
+Importing this package registers ``"kvarn"`` with transformers' attention and mask interfaces::
+
+    model.set_attn_implementation("kvarn")
+    model.generate(**inputs, past_key_values=kvarn.KVarNCache(model.config, "kvarn_k4v2_g128"))
+
+The cache gives the same result under every other attention implementation, where it builds dense tensors at
+each step; ``KVarNCache.materializations`` counts them.
+"""
+
+from kvarn.integrations.transformers.attention import register
+from kvarn.integrations.transformers.cache import KVarNCache
+from kvarn.integrations.transformers.errors import UnsupportedError
+
+register()
+
+__all__ = ["KVarNCache", "UnsupportedError"]

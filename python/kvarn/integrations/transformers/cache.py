@@ -1,0 +1,204 @@
+"""The cache that users pass to a model as ``past_key_values``."""
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from kvarn import ConfigError, Pool, ShapeError
+from kvarn.integrations.transformers.errors import UnsupportedError
+from kvarn.integrations.transformers.layer import KVarNLayer
+from kvarn.integrations.transformers.rows import Rows, Settings
+
+
+class KVarNCache(Cache):
+    """A KV cache that stores the full-attention layers of a model as KVarN records.
+
+    Layers of other types (sliding, chunked, linear) keep transformers' own classes. Memory is reserved for
+    batch × max_tokens at the first forward pass and used as tokens arrive.
+
+    Give it to `generate` or to the model as ``past_key_values``. It is fast where the model's attention is
+    ``"kvarn"`` and gives the same under every other, which builds dense tensors at each step. Under
+    ``"kvarn"`` rows store no padding: the mask says what it is. Other attention functions do not show their mask
+    to the cache: there padding is stored like other tokens (masked, but part of the statistics of its tiles)
+    unless `padding` is given.
+
+    A step keeps its newest tokens uncommitted: they are sealed into records only after the next step, so `crop`
+    can take them back exactly. If a forward pass breaks off, the KVarN layers are as they were before it.
+
+    Args:
+        config: the model's config (``model.config``).
+        preset: ``kvarn_k{bits}v{bits}_g{group}``, see `kvarn.presets`.
+        hold: how many of the newest tokens of a step stay uncommitted; None: all, up to a group. 0 commits at once.
+        padding: left padding of each row in columns, for attention functions other than ``"kvarn"``.
+        max_tokens: columns that a row can hold, padding included; None: ``config.max_position_embeddings``.
+        refit: whether codes and scales are refitted after rounding, as in `kvarn.Config`.
+        iterations: rounds of variance normalisation (KVarN, arXiv 2606.03458, Alg. 1).
+        sink_tokens: tokens of 16 bit at the start of a row; None: a group.
+        recent_tokens: committed tokens that stay in 16 bit.
+
+    Raises:
+        UnsupportedError: the model has no full-attention layer.
+        ConfigError: the preset, or another argument, is not supported.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        preset: str = "kvarn_k4v2_g128",
+        *,
+        hold: int | None = None,
+        padding: list[int] | None = None,
+        max_tokens: int | None = None,
+        refit: bool = True,
+        iterations: int = 8,
+        sink_tokens: int | None = None,
+        recent_tokens: int = 0,
+    ) -> None:
+        decoder = config.get_text_config(decoder=True)
+        types, options = get_layer_types_and_kwargs(decoder)
+        if "full_attention" not in types:
+            raise UnsupportedError(
+                f"{type(decoder).__name__} has layers of type {', '.join(sorted(set(types)))}: expected at least one "
+                "full_attention layer to store as records; use a DynamicCache"
+            )
+        settings = _settings(
+            decoder, preset, hold, padding, max_tokens, refit, iterations, sink_tokens, recent_tokens
+        )
+        settings.codec(_ANY_HEAD_DIM)
+        full = [index for index, kind in enumerate(types) if kind == "full_attention"]
+        # Up to transformers 5.19 the layers of a type share their options.
+        per_layer = [options] * len(types) if isinstance(options, dict) else options
+        self._rows = Rows(settings, [_shape(decoder, index) for index in full], sharing=_shares(decoder))
+
+        def reads_handles() -> bool:
+            return bool(decoder._attn_implementation == "kvarn")
+
+        super().__init__(
+            layers=[
+                KVarNLayer(self._rows, full.index(index), reads_handles)
+                if kind == "full_attention"
+                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**per_layer[index])
+                for index, kind in enumerate(types)
+            ]
+        )
+
+    @property
+    def pool(self) -> Pool | None:
+        """The pool of the KVarN layers; None before the first forward pass."""
+        return self._rows.pool
+
+    @property
+    def materializations(self) -> int:
+        """How often a layer's dense keys and values were built; stays 0 under ``"kvarn"``."""
+        return self._rows.materializations
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest columns of every row.
+
+        Exact for columns that are not sealed: at least the `hold` newest of the last step.
+
+        Args:
+            tokens_to_remove: 0 or the negative number of columns.
+
+        Raises:
+            ShapeError: the number is positive.
+            UnsupportedError: it reaches into a record; nothing is changed.
+        """
+        if tokens_to_remove > 0:
+            raise ShapeError(
+                f"crop({tokens_to_remove}): expected 0, or the number of tokens to remove as a negative number"
+            )
+        self._rows.lengths_after_crop(-tokens_to_remove)
+        for layer in self._others():
+            layer.crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._rows.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i what row beam_idx[i] was.
+
+        Raises:
+            UnsupportedError: a row is taken twice.
+        """
+        self._rows.select("reorder_cache", beam_idx)
+        for layer in self._others():
+            layer.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that indices name (integers, or a bool mask), in that order, and free the others.
+
+        Raises:
+            UnsupportedError: a row is taken twice.
+        """
+        self._rows.select("batch_select_indices", indices)
+        for layer in self._others():
+            layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row.
+
+        Raises:
+            UnsupportedError: repeats is not 1.
+        """
+        if repeats != 1:
+            raise UnsupportedError(
+                f"batch_repeat_interleave({repeats}): expected 1, as rows cannot be forked yet; expand the batch before the "
+                "prompt, or use a DynamicCache"
+            )
+
+    def _others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, KVarNLayer)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UnsupportedError(
+            "copy of a KVarNCache: expected none, as rows cannot be forked yet; run the prompt through a new cache"
+        )
+
+
+# Presets, sinks and iterations are checked before a head dim is known; any valid one serves.
+_ANY_HEAD_DIM = 128
+
+
+def _settings(
+    decoder: PreTrainedConfig,
+    preset: str,
+    hold: int | None,
+    padding: list[int] | None,
+    max_tokens: int | None,
+    refit: bool,
+    iterations: int,
+    sink_tokens: int | None,
+    recent_tokens: int,
+) -> Settings:
+    if max_tokens is None:
+        max_tokens = getattr(decoder, "max_position_embeddings", None)
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens {max_tokens}: expected at least 1; give max_tokens, the longest row to hold")
+    if hold is not None and hold < 0:
+        raise ConfigError(f"hold {hold}: expected at least 0, or None for all new tokens up to a group")
+    if padding is not None and min(padding, default=0) < 0:
+        raise ConfigError(f"padding {padding}: expected the left padding of each row, at least 0")
+    return Settings(
+        preset=preset,
+        hold=hold,
+        padding=None if padding is None else tuple(padding),
+        max_tokens=max_tokens,
+        refit=refit,
+        iterations=iterations,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+    )
+
+
+def _shape(decoder: PreTrainedConfig, index: int) -> tuple[int, int]:
+    """Return KV heads and head dim of a layer as far as the config tells; only ratios between layers matter."""
+    per_layer = getattr(decoder, "per_layer_config", None)
+    config = decoder if per_layer is None else per_layer[index]
+    return getattr(config, "num_key_value_heads", None) or 1, getattr(config, "head_dim", None) or 1
+
+
+def _shares(decoder: PreTrainedConfig) -> bool:
+    modes = getattr(decoder, "kv_sharing_modes", None) or ()
+    return any(mode is not None for mode in modes) or bool(getattr(decoder, "num_kv_shared_layers", 0))

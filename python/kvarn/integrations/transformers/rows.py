@@ -1,0 +1,221 @@
+"""The rows of a batch: one pool for all KVarN layers of a model, one sequence per row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvarn import CapacityError, Config, LayerShape, Pool, Sequence, ShapeError
+from kvarn.integrations.transformers.errors import UnsupportedError
+from kvarn.integrations.transformers.forward import ForwardPass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller of `KVarNCache` chose; see there."""
+
+    preset: str
+    hold: int | None
+    padding: tuple[int, ...] | None
+    max_tokens: int
+    refit: bool
+    iterations: int
+    sink_tokens: int | None
+    recent_tokens: int
+
+    def codec(self, head_dim: int) -> Config:
+        """Return the codec for one head dim."""
+        return Config(
+            self.preset,
+            head_dim=head_dim,
+            refit=self.refit,
+            iterations=self.iterations,
+            sink_tokens=self.sink_tokens,
+            recent_tokens=self.recent_tokens,
+        )
+
+
+class Rows:
+    """The pool, the sequence of each batch row, and which columns of the batch each row stores.
+
+    A column is a position of the padded batch. Rows store tokens, not padding: `stored` [batch, columns] says
+    which columns they have (None: all). Nothing here moves before a forward pass went through every layer.
+
+    Args:
+        settings: the caller's choices.
+        shapes: KV heads and head dim of every KVarN layer by the model's config. Only their ratios are used:
+            the sizes come from the first tensors, because a tensor-parallel rank holds a part of the heads.
+        sharing: whether later layers attend to the keys and values of earlier ones.
+    """
+
+    def __init__(self, settings: Settings, shapes: list[tuple[int, int]], *, sharing: bool) -> None:
+        self.settings = settings
+        self.sharing = sharing
+        self.layers = len(shapes)
+        self.materializations = 0
+        self._ratios = shapes
+        self.close()
+
+    def close(self) -> None:
+        """Forget everything and give the memory back; the next `open` starts afresh."""
+        self.forward: ForwardPass | None = None
+        self.pool: Pool | None = None
+        self.config: Config | None = None
+        self.sequences: list[Sequence] = []
+        self.sealed: list[int] = []
+        self.columns = 0
+        self.stored: Tensor | None = None
+
+    def open(self, layer: int, k: Tensor) -> None:
+        """Make the pool for tensors like k [batch, kv_heads, tokens, head_dim], or check layer's shape against it."""
+        batch, kv_heads, _, head_dim = k.shape
+        if self.pool is None:
+            heads, dim = self._ratios[layer]
+            self._shapes = [(kv_heads * h // heads, head_dim * d // dim) for h, d in self._ratios]
+            self._make(batch, k.dtype, k.device)
+        elif self._shapes[layer] != (kv_heads, head_dim):
+            seen, dim = self._shapes[layer]
+            raise ShapeError(
+                f"layer {layer} has {kv_heads} kv heads of head_dim {head_dim}: expected {seen} of {dim} by the first "
+                "layer's tensors and the model's config; give the KVarNCache the config of this model"
+            )
+
+    def _make(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        settings = self.settings
+        if settings.padding is not None and len(settings.padding) != batch:
+            raise ShapeError(
+                f"padding of {len(settings.padding)} rows: expected one entry for each of the {batch} rows of the batch"
+            )
+        self.config = config = settings.codec(self._shapes[0][1])
+        group = config.group
+        hold = group if settings.hold is None else settings.hold
+        # Tiles being sealed and the new tail have slots at the same time while a step is open.
+        slots = (config.sink_tokens > 0) + 2 * -(-(config.recent_tokens + group + hold - 1) // group)
+        self.pool = Pool(
+            config,
+            layers=[LayerShape(heads, dim) for heads, dim in self._shapes],
+            pages=batch * -(-settings.max_tokens // group),
+            slots=batch * slots,
+            dtype="float32" if dtype == torch.float32 else "float16",
+            device=str(device),
+        )
+        self.sequences = [self.pool.create() for _ in range(batch)]
+        self.sealed = [0] * batch
+
+    def begin(self, layer: int, columns: int) -> ForwardPass:
+        """Enter `columns` new columns into layer, opening a forward pass with the first layer.
+
+        A layer that comes twice means that the pass before was broken off by an exception: it is abandoned, and
+        the rows are as they were before it.
+        """
+        self.settle()
+        if self.forward is not None and (layer in self.forward.began or self.forward.columns != columns):
+            self.abandon()
+        if self.forward is None:
+            if self.columns + columns > self.settings.max_tokens:
+                raise CapacityError(
+                    f"{self.columns + columns} tokens: expected at most max_tokens={self.settings.max_tokens}; "
+                    "make the KVarNCache with a larger max_tokens"
+                )
+            self.forward = ForwardPass(self, columns)
+        self.forward.began.add(layer)
+        return self.forward
+
+    def settle(self) -> None:
+        """Finish the open forward pass if it went through every layer."""
+        if self.forward is not None and self.forward.complete:
+            self.forward.finish()
+
+    def abandon(self) -> None:
+        """Finish the open forward pass, or drop it if it was broken off."""
+        self.settle()
+        if self.forward is not None and self.forward.step is not None:
+            self.forward.step.abandon()
+        self.forward = None
+
+    def advance(self, columns: int, kept: Tensor | None) -> None:
+        """Take over a finished forward pass.
+
+        Args:
+            columns: columns that it added.
+            kept: [batch, columns], those of them that are stored; None: all.
+        """
+        config = self.config
+        assert config is not None
+        for row, sequence in enumerate(self.sequences):
+            tiles = max(sequence.committed - config.recent_tokens, 0) // config.group
+            self.sealed[row] = max(self.sealed[row], tiles * config.group)
+        if kept is not None or self.stored is not None:
+            batch = len(self.sequences)
+            before = torch.ones(batch, self.columns, dtype=torch.bool) if self.stored is None else self.stored
+            added = torch.ones(batch, columns, dtype=torch.bool) if kept is None else kept
+            self.stored = torch.cat([before, added], dim=1)
+        self.columns += columns
+        self.forward = None
+
+    def lengths_after_crop(self, remove: int) -> list[int]:
+        """Return the tokens that each row keeps without its last `remove` columns, or raise if one cannot."""
+        self.abandon()
+        columns = max(self.columns - remove, 0)
+        if self.stored is None:
+            lengths = [columns] * len(self.sequences)
+        else:
+            lengths = self.stored[:, :columns].sum(dim=1).tolist()
+        for row, length in enumerate(lengths):
+            sealed = self._first_exact(row)
+            if 0 < length < sealed:
+                raise UnsupportedError(
+                    f"crop(-{remove}) leaves row {row} with {length} tokens: expected at least {sealed}, which are sealed "
+                    "into records; crop less, or make the KVarNCache with a larger hold or recent_tokens"
+                )
+        return lengths
+
+    def _first_exact(self, row: int) -> int:
+        """Return the fewest tokens that a row can be cut to without decoding a record."""
+        config = self.config
+        assert config is not None
+        # With a whole tile of sinks the first tile stays in its slot.
+        whole = config.sink_tokens == config.group and self.sealed[row] == config.group
+        return 0 if whole else self.sealed[row]
+
+    def crop(self, remove: int) -> None:
+        """Remove the last `remove` columns of every row."""
+        lengths = self.lengths_after_crop(remove)
+        if self.pool is None:
+            return
+        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
+            if length == 0:
+                self.sequences[row] = self.pool.create()
+                self.pool.free(sequence)
+                self.sealed[row] = 0
+            elif length < sequence.length:
+                self.pool.truncate(sequence, length)
+        self.columns = max(self.columns - remove, 0)
+        if self.stored is not None:
+            self.stored = self.stored[:, : self.columns]
+
+    def select(self, operation: str, indices: Tensor) -> None:
+        """Make row i what row indices[i] was, and free the rows that no index names.
+
+        Args:
+            operation: what the caller asked for, for the error's text.
+            indices: [new batch], integer, or a bool mask over the rows.
+        """
+        self.abandon()
+        if self.pool is None:
+            return
+        batch = len(self.sequences)
+        order: list[int] = torch.arange(batch)[indices.cpu()].tolist()
+        twice = next((row for row in order if order.count(row) > 1), None)
+        if twice is not None:
+            raise UnsupportedError(
+                f"{operation} takes row {twice} {order.count(twice)} times: expected each row at most once, as rows "
+                "cannot be forked yet; use num_beams=1 and expand the batch before the prompt, or a DynamicCache"
+            )
+        for row in range(batch):
+            if row not in order:
+                self.pool.free(self.sequences[row])
+        self.sequences = [self.sequences[row] for row in order]
+        self.sealed = [self.sealed[row] for row in order]
+        if self.stored is not None:
+            self.stored = self.stored[order]
