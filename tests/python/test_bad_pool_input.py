@@ -313,6 +313,7 @@ def test_closed_steps_are_refused(pool, filled, close):
             step.finish,
             lambda: step.append(0, ROWS, ROWS),
             lambda: step.attend(0, QUERIES),
+            lambda: step.expand(0, 0),
         ):
             with refused(StateError, "the step is closed: expected an open step"):
                 call()
@@ -360,6 +361,15 @@ def test_truncations_are_refused(pool, filled, length, error, text):
 def test_expand_refuses_layers_that_do_not_exist(pool, filled, layer):
     with refused(ShapeError, f"layer {layer}: expected"):
         pool.expand(filled[0], layer)
+
+
+@pytest.mark.parametrize(
+    ("layer", "index", "text"), [(2, 0, "layer 2"), (0, 2, "index 2"), (0, -1, "index -1")]
+)
+def test_expand_of_a_step_refuses_what_does_not_exist(pool, filled, layer, index, text):
+    step = pool.step(filled, [3, 1])
+    with refused(ShapeError, f"{text}: expected 0"):
+        step.expand(layer, index)
 
 
 def test_expand_refuses_types_that_do_not_hold_it(pool, filled):
