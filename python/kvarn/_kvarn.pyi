@@ -3,7 +3,24 @@
 import os
 from typing import Any, final
 
-__all__: list[str]
+__all__ = [
+    "Config",
+    "Memory",
+    "Pool",
+    "Sequence",
+    "Stats",
+    "Step",
+    "__version__",
+    "cpu_features",
+    "decode",
+    "encode",
+    "from_published",
+    "load_records",
+    "presets",
+    "records_header",
+    "threads",
+    "to_published",
+]
 __version__: str
 
 # Arrays are whatever can be lent through DLPack; the calls check them.
@@ -156,6 +173,8 @@ class Step:
         sink_logits: object | None,
         rotated: bool,
     ) -> None: ...
+    def stored(self, layer: int, index: int) -> int: ...
+    def expand(self, layer: int, index: int, k: object, v: object, rotated: bool) -> None: ...
     def finish(self) -> None: ...
     def abandon(self) -> None: ...
     @property

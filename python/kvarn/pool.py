@@ -132,7 +132,7 @@ class Pool:
         """
         sequences = list(sequences)
         holds = [hold] * len(sequences) if isinstance(hold, int) else list(hold)
-        return Step(self._pool.step(sequences, list(counts), holds))
+        return Step(self._pool.step(sequences, list(counts), holds), self.layers, self.dtype)
 
     @overload
     def expand(

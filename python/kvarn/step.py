@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty, empty_like
 from kvarn._kvarn import Memory
@@ -27,10 +29,12 @@ class Step:
     A step that is dropped unfinished is abandoned: the pool is as it was.
     """
 
-    __slots__ = ("_open", "_step")
+    __slots__ = ("_dtype", "_layers", "_open", "_step")
 
-    def __init__(self, step: _kvarn.Step) -> None:
+    def __init__(self, step: _kvarn.Step, layers: tuple[tuple[int, int], ...], dtype: str) -> None:
         self._step = step
+        self._layers = layers
+        self._dtype = dtype
         self._open = True
 
     def append(
@@ -122,6 +126,39 @@ class Step:
         lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
         self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
         return out if lse is None else (out, lse)
+
+    @overload
+    def expand(
+        self, layer: int, index: int, rotated: bool = False, *, like: Array
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def expand(
+        self, layer: int, index: int, rotated: bool = False, *, like: None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+    def expand(self, layer: int, index: int, rotated: bool = False, *, like: Any = None) -> tuple[Any, Any]:
+        """Decodes what `attend` sees of one sequence: with the step's tokens once they are appended.
+
+        Args:
+            layer: The layer.
+            index: Place of the sequence in the batch.
+            rotated: Leave the result in the rotated (Hadamard) frame.
+            like: An array whose kind and type the result takes. None: NumPy, in the type of the slots.
+
+        Returns:
+            K and V, [stored, kv_heads, head_dim].
+
+        Raises:
+            ShapeError: No such layer or sequence.
+            StateError: The step is finished or abandoned.
+        """
+        stored = self._step.stored(layer, index)
+        if like is None:
+            like = np.empty(0, self._dtype)
+        k, v = (empty((stored, *self._layers[layer]), "like", like) for _ in range(2))
+        self._step.expand(layer, index, k, v, rotated)
+        return k, v
 
     def finish(self) -> None:
         """Makes the step the state of its sequences: lengths move, slots of sealed tiles are given back.

@@ -49,6 +49,9 @@ class Model:
             past = [self.stored(sequence, layer, self.committed[sequence]) for sequence in sequences]
             starts = [len(k_past) for k_past, _ in past]
             check_attention(step.attend(layer, q, return_lse=True), q, past, starts, counts)
+            for index, (k_past, v_past) in enumerate(past):
+                for got, want in zip(step.expand(layer, index), (k_past, v_past), strict=True):
+                    assert np.abs(got - want).max(initial=0) < 1e-5
             step.append(layer, k, v)
             row = 0
             for sequence, count in zip(sequences, counts, strict=True):
@@ -61,6 +64,10 @@ class Model:
             now = []
             for sequence, count, start, hold in zip(sequences, counts, starts, holds, strict=True):
                 now.append(self.stored(sequence, layer, start + count - hold))
+            for index, stored in enumerate(now):
+                for got, want in zip(step.expand(layer, index), stored, strict=True):
+                    assert got.shape == want.shape
+                    assert np.abs(got - want).max(initial=0) < 1e-5
             options = {
                 "window": 50,
                 "softcap": 3.0,

@@ -198,7 +198,18 @@ impl Pool {
         let at = self.layer(layer)?;
         // Held to the end: nobody truncates the sequence and overwrites its slots meanwhile.
         let tables = self.tables();
-        let view = tables.view(sequence)?;
+        self.expand_view(at, tables.view(sequence)?, rotated, k, v)
+    }
+
+    /// Decodes what a view says is stored.
+    pub(crate) fn expand_view(
+        &self,
+        at: &Layer,
+        view: &SequenceView,
+        rotated: bool,
+        k: &TensorMut<'_>,
+        v: &TensorMut<'_>,
+    ) -> Result<(), Error> {
         let LayerShape { kv_heads, head_dim } = at.shape;
         for (what, tensor) in [("k", k), ("v", v)] {
             if tensor.shape() != [view.length, kv_heads, head_dim] {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use kvarn::codec::EncodeCounts;
-use kvarn::tables::StepPlan;
+use kvarn::tables::{SequenceView, StepPlan};
 
 use crate::append::append_head;
 use crate::attend::{AttendOptions, attend};
@@ -99,16 +99,31 @@ impl Step {
     ) -> Result<(), Error> {
         self.while_open(|| {
             let at = self.pool.layer(layer)?;
-            let appended = match self.layers.lock().unwrap_or_else(PoisonError::into_inner)[layer] {
-                Progress::Before => false,
-                Progress::Appended => true,
-                Progress::Appending => {
-                    return Err(Error::Order(format!(
-                        "layer {layer} is being appended to: expected attend before or after it; wait for the other thread"
-                    )));
-                }
-            };
-            attend(&self.pool, at, &self.plan, appended, q, options, out, lse)
+            attend(&self.pool, at, &self.plan, self.appended(layer)?, q, options, out, lse)
+        })
+    }
+
+    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`; what is
+    /// stored is what [`Step::attend`] sees, [`Step::stored`] tokens.
+    pub fn expand(
+        &self,
+        layer: usize,
+        index: usize,
+        rotated: bool,
+        k: &TensorMut<'_>,
+        v: &TensorMut<'_>,
+    ) -> Result<(), Error> {
+        self.while_open(|| {
+            let at = self.pool.layer(layer)?;
+            self.pool.expand_view(at, self.view(layer, index)?, rotated, k, v)
+        })
+    }
+
+    /// Tokens stored of the sequence at `index` of the batch in one layer: with the step's own once they are appended.
+    pub fn stored(&self, layer: usize, index: usize) -> Result<usize, Error> {
+        self.while_open(|| {
+            self.pool.layer(layer)?;
+            Ok(self.view(layer, index)?.length)
         })
     }
 
@@ -138,6 +153,29 @@ impl Step {
             let abandoned = self.pool.tables().abandon(self.plan.id);
             debug_assert!(abandoned.is_ok());
         }
+    }
+
+    /// Whether an existing layer was appended to.
+    fn appended(&self, layer: usize) -> Result<bool, Error> {
+        match self.layers.lock().unwrap_or_else(PoisonError::into_inner)[layer] {
+            Progress::Before => Ok(false),
+            Progress::Appended => Ok(true),
+            Progress::Appending => Err(Error::Order(format!(
+                "layer {layer} is being appended to: expected a read before or after it; wait for the other thread"
+            ))),
+        }
+    }
+
+    /// What is stored of one sequence of the batch in an existing layer.
+    fn view(&self, layer: usize, index: usize) -> Result<&SequenceView, Error> {
+        let sequences = &self.plan.sequences;
+        let sequence = sequences.get(index).ok_or_else(|| Error::Value {
+            what: "index",
+            got: index.to_string(),
+            expected: format!("0 to {}", sequences.len() - 1),
+            fix: "pass the place of the sequence in the batch",
+        })?;
+        Ok(if self.appended(layer)? { &sequence.after } else { &sequence.before })
     }
 
     fn while_open<R>(&self, work: impl FnOnce() -> Result<R, Error>) -> Result<R, Error> {

@@ -70,6 +70,31 @@ impl Step {
         detached(py, || self.0.attend(layer, &q, &options, &out, lse))
     }
 
+    /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
+    fn stored(&self, py: Python<'_>, layer: i64, index: i64) -> PyResult<usize> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let index = natural(py, Class::Shape, "index", index)?;
+        detached(py, || self.0.stored(layer, index))
+    }
+
+    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
+    fn expand(
+        &self,
+        py: Python<'_>,
+        layer: i64,
+        index: i64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        rotated: bool,
+    ) -> PyResult<()> {
+        const SHAPE: &str = "[stored, kv_heads, head_dim]";
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let index = natural(py, Class::Shape, "index", index)?;
+        let (k, v) = (Lent::new("k", k)?, Lent::new("v", v)?);
+        let (k, v) = (k.tensor_mut(SHAPE)?, v.tensor_mut(SHAPE)?);
+        detached(py, || self.0.expand(layer, index, rotated, &k, &v))
+    }
+
     /// Makes the step the state of its sequences.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         detached(py, || self.0.finish())
