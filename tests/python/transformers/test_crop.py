@@ -97,6 +97,15 @@ def test_a_padded_batch(model, expected, preset):
     assert_close(cropped(KVarNCache(model.config, preset)), reference)
 
 
+def test_the_number_may_be_a_tensor(model, preset):
+    cache = KVarNCache(model.config, preset)
+    run(model, cache, [tokens(1, 70)])
+    cache.crop(-torch.tensor(4))
+    assert type(cache.get_seq_length()) is int
+    run(model, cache, [tokens(1, 1)])
+    assert cache.materializations == 0
+
+
 def test_a_positive_number_is_refused(model, preset):
     with pytest.raises(ShapeError, match=r"crop\(5\): expected 0, or"):
         KVarNCache(model.config, preset).crop(5)

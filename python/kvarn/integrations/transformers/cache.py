@@ -108,6 +108,8 @@ class KVarNCache(Cache):
             ShapeError: the number is positive.
             UnsupportedError: it reaches into a record; nothing is changed.
         """
+        # Some versions of transformers count the rejected drafts in a tensor.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ShapeError(
                 f"crop({tokens_to_remove}): expected 0, or the number of tokens to remove as a negative "
