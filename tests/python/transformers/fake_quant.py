@@ -1,5 +1,6 @@
 """What a KVarNCache must equal: a DynamicCache whose tiles pass through the codec at the same moments."""
 
+import kvarn
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
@@ -8,8 +9,6 @@ from transformers.cache_utils import (
     DynamicLayer,
     get_layer_types_and_kwargs,
 )
-
-import kvarn
 
 FUSED_TOKENS = 16
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from fake_quant import FakeQuantCache
-from tiny_models import assert_close, left_padding, run, tokens
-
 from kvarn import KVarNCache, ShapeError
 from kvarn.integrations.transformers import UnsupportedError
+from tiny_models import assert_close, left_padding, run, tokens
 
 G = 64
 
@@ -75,7 +74,9 @@ def test_records_are_refused_and_nothing_changes(model, preset):
     cache, untouched = KVarNCache(model.config, preset), KVarNCache(model.config, preset)
     for one in (cache, untouched):
         run(model, one, [ids], mask[:, : 4 * G])
-    with pytest.raises(UnsupportedError, match=r"crop\(-70\) leaves row 0 with 186 tokens: expected at least 192"):
+    with pytest.raises(
+        UnsupportedError, match=r"crop\(-70\) leaves row 0 with 186 tokens: expected at least 192"
+    ):
         cache.crop(-70)
     assert cache.get_seq_length() == 4 * G
     assert torch.equal(run(model, cache, [rest], mask), run(model, untouched, [rest], mask))
@@ -94,6 +95,15 @@ def test_a_padded_batch(model, expected, preset):
 
     reference = expected(lambda: cropped(FakeQuantCache(model.config, preset, padding=padding)))
     assert_close(cropped(KVarNCache(model.config, preset)), reference)
+
+
+def test_the_number_may_be_a_tensor(model, preset):
+    cache = KVarNCache(model.config, preset)
+    run(model, cache, [tokens(1, 70)])
+    cache.crop(-torch.tensor(4))
+    assert type(cache.get_seq_length()) is int
+    run(model, cache, [tokens(1, 1)])
+    assert cache.materializations == 0
 
 
 def test_a_positive_number_is_refused(model, preset):

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from kvarn.integrations.transformers import dense
 
 OPTIONS = list(itertools.product([None, 1, 7], [None, 2.0], [False, True]))
@@ -46,11 +45,11 @@ def test_chunk(monkeypatch, window, softcap, sinks, scores):
     monkeypatch.setattr(dense, "_SCORES", scores)
     q, k, v, sink_logits = tensors(23)
     options = {"scale": 0.3, "softcap": softcap, "sink_logits": sink_logits if sinks else None}
-    out, lse = dense.chunk_attention(q, k, v, window=window, **options)
+    out, lse = dense.chunk_attention(q, k, v, dense.Scoring(window=window, **options))
     expected, expected_lse = plain(q, k, v, seen_by(23, 23, window), **options)
     torch.testing.assert_close(out, expected.float())
     torch.testing.assert_close(lse, expected_lse.float())
-    whole = dense.causal_attention(q[None], k[None], v[None], window=window, **options)
+    whole = dense.causal_attention(q[None], k[None], v[None], dense.Scoring(window=window, **options))
     torch.testing.assert_close(whole[0], expected.float())
 
 
@@ -66,11 +65,11 @@ def test_masked(monkeypatch, window, softcap, sinks, scores):
     expected, _ = plain(q, k, v, seen, **options)
     # A query that sees nothing has no output; the plain evaluation divides by nothing.
     expected[~seen.any(1)] = 0
-    out = dense.masked_attention(q[None], k[None], v[None], seen[None, None], **options)
+    out = dense.masked_attention(q[None], k[None], v[None], seen[None, None], dense.Scoring(**options))
     torch.testing.assert_close(out[0], expected.float())
     added = torch.zeros(23, 40).masked_fill(~seen, torch.finfo(torch.float32).min)
     some = seen.any(1)
-    out = dense.masked_attention(q[None], k[None], v[None], added[None, None], **options)
+    out = dense.masked_attention(q[None], k[None], v[None], added[None, None], dense.Scoring(**options))
     torch.testing.assert_close(out[0][some], expected.float()[some])
 
 

@@ -1,13 +1,12 @@
 """Bad input to the cache: an error that names it, and a cache that works afterwards."""
 
+import kvarn
 import pytest
 import torch
-from tiny_models import run, tiny, tokens
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
-
-import kvarn
 from kvarn import ConfigError, DTypeError, KVarNCache, ShapeError, TensorError
 from kvarn.integrations.transformers import UnsupportedError
+from tiny_models import run, tiny, tokens
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 
 @pytest.fixture
@@ -41,7 +40,9 @@ def test_settings(config, arguments, error):
 
 def test_a_model_without_full_attention():
     config = MistralConfig(num_hidden_layers=2, sliding_window=32)
-    with pytest.raises(UnsupportedError, match="layers of type sliding_attention: expected at least one full_att"):
+    with pytest.raises(
+        UnsupportedError, match="layers of type sliding_attention: expected at least one full_att"
+    ):
         KVarNCache(config)
 
 
@@ -60,13 +61,28 @@ def test_padding_of_another_batch(config):
 @pytest.mark.parametrize(
     ("k", "v", "kind", "error"),
     [
-        (states(2, 2, 5, 32), states(2, 2, 5, 16), ShapeError, r"values \[2, 2, 5, 16\]: expected the same shape"),
-        (states(2, 5, 32), states(2, 5, 32), ShapeError, r"keys \[2, 5, 32\].*\[batch, kv_heads, tokens, head_dim\]"),
+        (
+            states(2, 2, 5, 32),
+            states(2, 2, 5, 16),
+            ShapeError,
+            r"values \[2, 2, 5, 16\]: expected the same shape",
+        ),
+        (
+            states(2, 5, 32),
+            states(2, 5, 32),
+            ShapeError,
+            r"keys \[2, 5, 32\].*\[batch, kv_heads, tokens, head_dim\]",
+        ),
         (states(3, 2, 5, 32), states(3, 2, 5, 32), ShapeError, "batch 3: expected 2"),
         (states(2, 2, 5, 32).double(), states(2, 2, 5, 32).double(), DTypeError, "keys torch.float64"),
         (states(2, 2, 5, 32).half(), states(2, 2, 5, 32).half(), DTypeError, "the same as at first"),
         (states(2, 2, 5, 32), states(2, 2, 5, 32).half(), DTypeError, "values torch.float16"),
-        (states(2, 2, 5, 32).requires_grad_(), states(2, 2, 5, 32), TensorError, "require grad: expected inference"),
+        (
+            states(2, 2, 5, 32).requires_grad_(),
+            states(2, 2, 5, 32),
+            TensorError,
+            "require grad: expected inference",
+        ),
     ],
 )
 def test_states(config, k, v, kind, error):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fake_quant import FakeQuantCache
+from kvarn import KVarNCache
 from tiny_models import assert_close, left_padding, run, tiny, tokens
 from transformers import (
     Gemma2Config,
@@ -13,14 +14,17 @@ from transformers import (
     GptOssForCausalLM,
 )
 
-from kvarn import KVarNCache
-
 PRESET = "kvarn_k4v4_g64"
 HYBRID = {
     "gemma2": (
         Gemma2Config,
         Gemma2ForCausalLM,
-        {"num_hidden_layers": 4, "sliding_window": 32, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 32},
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 32,
+            "attn_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 32,
+        },
     ),
     "gpt-oss": (
         GptOssConfig,

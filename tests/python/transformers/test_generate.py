@@ -1,4 +1,4 @@
-"""`generate` through a KVarNCache gives the tokens of a DynamicCache that is quantised at the same moments."""
+"""`generate` through a KVarNCache gives the tokens of a cache that is quantised at the same moments."""
 
 import copy
 from types import SimpleNamespace
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_quant import FakeQuantCache
+from kvarn import KVarNCache
 from tiny_models import (
     TOLERANCE,
     assert_close,
@@ -17,7 +18,6 @@ from tiny_models import (
 )
 from transformers import DynamicCache
 
-from kvarn import KVarNCache
 
 def check_count(cache, implementation):
     assert (cache.materializations == 0) == (implementation == "kvarn")
@@ -67,7 +67,9 @@ def test_left_padded_batch(model, expected, preset, implementation):
     ids, mask = left_padding(3, 150, padding)
     # Only the attention function "kvarn" shows the mask to the cache.
     given = None if implementation == "kvarn" else padding
-    reference = expected(lambda: generate(model, FakeQuantCache(model.config, preset, padding=padding), ids, mask))
+    reference = expected(
+        lambda: generate(model, FakeQuantCache(model.config, preset, padding=padding), ids, mask)
+    )
     model.set_attn_implementation(implementation)
     cache = KVarNCache(model.config, preset, padding=given)
     assert_same_generation(generate(model, cache, ids, mask), reference)
@@ -94,7 +96,9 @@ def test_chunked_prefill(model, expected, preset, implementation):
     ids = tokens(1, 230)
     for size in (7, 50, 64):
         options = {"prefill_chunk_size": size, "new": 12}
-        reference = expected(lambda o=options: generate(model, FakeQuantCache(model.config, preset), ids, **o))
+        reference = expected(
+            lambda o=options: generate(model, FakeQuantCache(model.config, preset), ids, **o)
+        )
         model.set_attn_implementation(implementation)
         cache = KVarNCache(model.config, preset)
         assert_same_generation(generate(model, cache, ids, **options), reference)

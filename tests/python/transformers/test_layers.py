@@ -1,16 +1,16 @@
-"""Layers driven without a model: both caches get the same tensors, so low bits are compared to the last digits."""
+"""Layers without a model: both caches get the same tensors, so low bits agree to the last digits."""
 
 import pytest
 import torch
 from fake_quant import FakeQuantCache
-from transformers import LlamaConfig
-
 from kvarn import KVarNCache
 from kvarn.integrations.transformers.attention import attention
 from kvarn.integrations.transformers.handle import Handle
+from transformers import LlamaConfig
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 48
-# Every order of attention and append: a prompt, long and short chunks, single tokens over two tile boundaries.
+# Every order of attention and append: a prompt, long and short chunks, single tokens over two tile
+# boundaries.
 CHUNKS = [150, 40, 1, 1, 16, 17, 3, *[1] * 40, 90, 1]
 
 
@@ -34,7 +34,9 @@ def attention_module():
 
 def layer_states(batch, columns, generator):
     q = torch.randn(batch, columns, HEADS, HEAD_DIM, generator=generator).transpose(1, 2)
-    k, v = (torch.randn(batch, columns, KV_HEADS, HEAD_DIM, generator=generator).transpose(1, 2) for _ in range(2))
+    k, v = (
+        torch.randn(batch, columns, KV_HEADS, HEAD_DIM, generator=generator).transpose(1, 2) for _ in range(2)
+    )
     return q, k, v
 
 
@@ -102,7 +104,9 @@ def test_any_operation_on_a_handle_sees_its_values(config):
     assert cache.get_seq_length() == 151
 
 
-@pytest.mark.parametrize("option", [{"softcap": 3.0}, {"sliding_window": 40}, {"sinks": True}, {"scaling": 0.3}])
+@pytest.mark.parametrize(
+    "option", [{"softcap": 3.0}, {"sliding_window": 40}, {"sinks": True}, {"scaling": 0.3}]
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_options_of_the_attention_function(config, option, padded):
     option = dict(option)

@@ -2,9 +2,8 @@
 
 import pytest
 from fake_quant import FakeQuantCache
-from tiny_models import assert_close, run, tokens
-
 from kvarn import KVarNCache
+from tiny_models import assert_close, run, tokens
 
 G = 64
 BOUNDARIES = sorted({n for edge in (0, G, 2 * G, 3 * G) for n in range(edge - 2, edge + 3) if n > 0})

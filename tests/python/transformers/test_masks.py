@@ -1,12 +1,11 @@
-"""Masks under "kvarn": padding anywhere, hidden tokens, custom masks, and caches that are not a KVarNCache."""
+"""Masks under "kvarn": padding anywhere, hidden tokens, custom masks, and other caches."""
 
 import pytest
 import torch
 from fake_quant import FakeQuantCache
+from kvarn import KVarNCache, ShapeError
 from tiny_models import assert_close, left_padding, run, tokens
 from transformers import DynamicCache, StaticCache
-
-from kvarn import KVarNCache, ShapeError
 
 
 def test_right_padding(model, preset):
@@ -51,7 +50,9 @@ def test_chunks_of_nothing_but_padding(model, expected, preset):
     padding = [90, 75]
     ids, mask = left_padding(2, 150, padding)
     chunks = ids.split([30, 10, 30, 80], 1)
-    reference = expected(lambda: run(model, FakeQuantCache(model.config, preset, padding=padding), chunks, mask))
+    reference = expected(
+        lambda: run(model, FakeQuantCache(model.config, preset, padding=padding), chunks, mask)
+    )
     assert_close(run(model, KVarNCache(model.config, preset), chunks, mask), reference)
 
 

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from fake_quant import FakeQuantCache
-from tiny_models import assert_close, left_padding, run, tokens
-
 from kvarn import CapacityError, KVarNCache, ShapeError
 from kvarn.integrations.transformers import UnsupportedError
+from tiny_models import assert_close, left_padding, run, tokens
 
 PADDING = [0, 70, 13, 40]
 
@@ -55,15 +54,15 @@ def test_select_frees_the_other_rows(model, preset, indices):
     rest = torch.randint(2, 90, (4, 6), generator=torch.Generator().manual_seed(4))
     ones = torch.ones_like(rest)
     every = run(model, whole, [rest], torch.cat([mask, ones], 1)).view(4, 6, -1)[indices]
-    assert_close(
-        run(model, cache, [rest[indices]], torch.cat([mask, ones], 1)[indices]), every.flatten(0, 1)
-    )
+    assert_close(run(model, cache, [rest[indices]], torch.cat([mask, ones], 1)[indices]), every.flatten(0, 1))
 
 
 def test_forks_are_refused(model, preset):
     cache, mask = fed(model, KVarNCache(model.config, preset))
     untouched, _ = fed(model, KVarNCache(model.config, preset))
-    with pytest.raises(UnsupportedError, match="reorder_cache takes row 1 2 times: expected each row at most once"):
+    with pytest.raises(
+        UnsupportedError, match="reorder_cache takes row 1 2 times: expected each row at most once"
+    ):
         cache.reorder_cache(torch.tensor([1, 1, 0, 3]))
     with pytest.raises(UnsupportedError, match=r"batch_repeat_interleave\(2\): expected 1"):
         cache.batch_repeat_interleave(2)
@@ -88,7 +87,9 @@ def test_one_layer_alone_is_refused(model, preset):
         ("batch_select_indices", torch.tensor([0])),
         ("batch_repeat_interleave", 2),
     ):
-        with pytest.raises(UnsupportedError, match=f"{operation} of layer 0 alone: expected all layers at once"):
+        with pytest.raises(
+            UnsupportedError, match=f"{operation} of layer 0 alone: expected all layers at once"
+        ):
             getattr(layer, operation)(argument)
     for operation in ("offload", "prefetch"):
         with pytest.raises(UnsupportedError, match="call it on the KVarNCache"):

@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 VOCABULARY = 97
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-# Two right implementations differ in the last bits of a layer's input, and so, now and then, in a code of the next
-# layer. One layer has no such layer: it is compared at the default bits. With two, codes are fine enough that one
-# of them does not matter, and yet coarse enough for a tile sealed at another moment to show.
+# Two right implementations differ in the last bits of a layer's input, and so, now and then, in a code of
+# the next layer. One layer has no such layer: it is compared at the default bits. With two, codes are fine
+# enough that one of them does not matter, and yet coarse enough for a tile sealed at another moment to show.
 CASES = [
     ("llama", 1, "kvarn_k4v2_g64"),
     ("llama", 2, "kvarn_k4v4_g64"),
@@ -52,7 +52,7 @@ def left_padding(batch, length, padding):
 
 
 def run(model, cache, chunks, mask=None):
-    """Feed chunks of ids one after the other; return the logits of the columns that mask shows, [tokens, vocab]."""
+    """Feed chunks of ids one by one; return the logits where mask shows tokens, [tokens, vocabulary]."""
     parts, past = [], cache.get_seq_length()
     length = past + sum(chunk.shape[1] for chunk in chunks)
     positions = torch.arange(length)[None] if mask is None else (mask.cumsum(1) - 1).clamp_min(0)

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
-from kvarn.integrations.transformers.dense import causal_mask, masked_attention
+from kvarn.integrations.transformers.dense import Scoring, causal_mask, masked_attention
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.handle import Handle
 
@@ -25,7 +25,7 @@ def mask(
     *,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     local_size: int | None = None,
     mask_function: Callable[..., Any] = causal_mask_function,
     allow_is_causal_skip: bool = True,
@@ -38,7 +38,8 @@ def mask(
     # A static cache has more key columns than tokens: its masks are not causal from the last column.
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kwargs.get("kv_offset", 0)
     if aligned and local_size is None and mask_function is causal_mask_function:
-        return flash_attention_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+        padding: Tensor | None = flash_attention_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+        return padding
     return sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
@@ -85,19 +86,26 @@ def attention(
     Returns:
         The output [batch, queries, heads, head_dim], and None: weights are never made.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sink_logits=None if s_aux is None else s_aux.detach().float(),
+    )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain_mask = attention_mask is None or attention_mask.ndim == 2
-    if s_aux is not None:
-        s_aux = s_aux.detach().float()
     if isinstance(key, Handle) and plain_mask and causal and position_bias is None and not dropout:
-        out = key.chunk.attend(
-            query, attention_mask, scale=scale, window=sliding_window, softcap=softcap, sink_logits=s_aux
-        )
-        return out.contiguous(), None
+        return key.source.attend(query, attention_mask, scoring).contiguous(), None
     if isinstance(key, Handle):
-        key, value = key.chunk.dense()
-    seen = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal=causal, window=sliding_window)
+        key, value = key.source.dense()
+    seen = _dense_mask(
+        attention_mask,
+        query.shape[2],
+        key.shape[2],
+        causal=causal,
+        window=sliding_window,
+        device=query.device,
+    )
     if softcap is None and s_aux is None:
         out, _ = sdpa_attention_forward(
             module,
@@ -106,7 +114,7 @@ def attention(
             value,
             seen,
             dropout=dropout,
-            scaling=scale,
+            scaling=scoring.scale,
             is_causal=causal,
             position_bias=position_bias,
             **kwargs,
@@ -114,17 +122,22 @@ def attention(
         return out, None
     if dropout or position_bias is not None:
         raise UnsupportedError(
-            f"dropout {dropout} with softcap {softcap}: expected no dropout and no position bias beside a softcap or "
-            "attention sinks; use attn_implementation='eager'"
+            f"dropout {dropout} with softcap {softcap}: expected no dropout and no position bias beside a "
+            "softcap or attention sinks; use attn_implementation='eager'"
         )
     if seen is None:
-        seen = causal_mask(query.shape[2], key.shape[2]) if causal else torch.ones(1, 1, dtype=torch.bool)
-        seen = seen.to(query.device).expand(1, 1, query.shape[2], key.shape[2])
-    return masked_attention(query, key, value, seen, scale=scale, softcap=softcap, sink_logits=s_aux), None
+        seen = _all_seen(query.shape[2], key.shape[2], None, causal=causal, device=query.device)[None, None]
+    return masked_attention(query, key, value, seen, scoring), None
 
 
 def _dense_mask(
-    given: Tensor | None, queries: int, keys: int, *, causal: bool, window: int | None
+    given: Tensor | None,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
 ) -> Tensor | None:
     """Return a 4D mask, or None where sdpa's own causality says the same."""
     if given is not None and given.ndim == 4:
@@ -132,7 +145,11 @@ def _dense_mask(
     windowed = window is not None and window < keys
     if given is None and not windowed and (not causal or queries == 1 or queries == keys):
         return None
-    seen = causal_mask(queries, keys, window) if causal else torch.ones(queries, keys, dtype=torch.bool)
-    if given is None:
-        return seen[None, None]
-    return seen.to(given.device) & given.bool()[:, None, None]
+    seen = _all_seen(queries, keys, window, causal=causal, device=device)
+    return seen[None, None] if given is None else seen & given.bool()[:, None, None]
+
+
+def _all_seen(queries: int, keys: int, window: int | None, *, causal: bool, device: torch.device) -> Tensor:
+    if causal:
+        return causal_mask(queries, keys, window, device)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device)

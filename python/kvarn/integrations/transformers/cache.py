@@ -20,17 +20,19 @@ class KVarNCache(Cache):
 
     Give it to `generate` or to the model as ``past_key_values``. It is fast where the model's attention is
     ``"kvarn"`` and gives the same under every other, which builds dense tensors at each step. Under
-    ``"kvarn"`` rows store no padding: the mask says what it is. Other attention functions do not show their mask
-    to the cache: there padding is stored like other tokens (masked, but part of the statistics of its tiles)
-    unless `padding` is given.
+    ``"kvarn"`` rows store no padding: the mask says what it is. Other attention functions do not show
+    their mask to the cache: there padding is stored like other tokens (masked, but part of the statistics
+    of its tiles) unless `padding` is given.
 
-    A step keeps its newest tokens uncommitted: they are sealed into records only after the next step, so `crop`
-    can take them back exactly. If a forward pass breaks off, the KVarN layers are as they were before it.
+    A step keeps its newest tokens uncommitted: they are sealed into records only after the next step, so
+    `crop` can take them back exactly. If a forward pass breaks off, the KVarN layers are as they were
+    before it.
 
     Args:
         config: the model's config (``model.config``).
         preset: ``kvarn_k{bits}v{bits}_g{group}``, see `kvarn.presets`.
-        hold: how many of the newest tokens of a step stay uncommitted; None: all, up to a group. 0 commits at once.
+        hold: how many of the newest tokens of a step stay uncommitted; None: all, up to a group. 0 commits
+            at once.
         padding: left padding of each row in columns, for attention functions other than ``"kvarn"``.
         max_tokens: columns that a row can hold, padding included; None: ``config.max_position_embeddings``.
         refit: whether codes and scales are refitted after rounding, as in `kvarn.Config`.
@@ -60,8 +62,8 @@ class KVarNCache(Cache):
         types, options = get_layer_types_and_kwargs(decoder)
         if "full_attention" not in types:
             raise UnsupportedError(
-                f"{type(decoder).__name__} has layers of type {', '.join(sorted(set(types)))}: expected at least one "
-                "full_attention layer to store as records; use a DynamicCache"
+                f"{type(decoder).__name__} has layers of type {', '.join(sorted(set(types)))}: expected at "
+                "least one full_attention layer to store as records; use a DynamicCache"
             )
         settings = _settings(
             decoder, preset, hold, padding, max_tokens, refit, iterations, sink_tokens, recent_tokens
@@ -106,9 +108,12 @@ class KVarNCache(Cache):
             ShapeError: the number is positive.
             UnsupportedError: it reaches into a record; nothing is changed.
         """
+        # Some versions of transformers count the rejected drafts in a tensor.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ShapeError(
-                f"crop({tokens_to_remove}): expected 0, or the number of tokens to remove as a negative number"
+                f"crop({tokens_to_remove}): expected 0, or the number of tokens to remove as a negative "
+                "number"
             )
         self._rows.lengths_after_crop(-tokens_to_remove)
         for layer in self._others():
@@ -144,8 +149,8 @@ class KVarNCache(Cache):
         """
         if repeats != 1:
             raise UnsupportedError(
-                f"batch_repeat_interleave({repeats}): expected 1, as rows cannot be forked yet; expand the batch before the "
-                "prompt, or use a DynamicCache"
+                f"batch_repeat_interleave({repeats}): expected 1, as rows cannot be forked yet; expand the "
+                "batch before the prompt, or use a DynamicCache"
             )
 
     def _others(self) -> list[Any]:
@@ -153,7 +158,8 @@ class KVarNCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise UnsupportedError(
-            "copy of a KVarNCache: expected none, as rows cannot be forked yet; run the prompt through a new cache"
+            "copy of a KVarNCache: expected none, as rows cannot be forked yet; run the prompt through a "
+            "new cache"
         )
 
 
@@ -175,7 +181,9 @@ def _settings(
     if max_tokens is None:
         max_tokens = getattr(decoder, "max_position_embeddings", None)
     if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens {max_tokens}: expected at least 1; give max_tokens, the longest row to hold")
+        raise ConfigError(
+            f"max_tokens {max_tokens}: expected at least 1; give max_tokens, the longest row to hold"
+        )
     if hold is not None and hold < 0:
         raise ConfigError(f"hold {hold}: expected at least 0, or None for all new tokens up to a group")
     if padding is not None and min(padding, default=0) < 0:
@@ -193,7 +201,7 @@ def _settings(
 
 
 def _shape(decoder: PreTrainedConfig, index: int) -> tuple[int, int]:
-    """Return KV heads and head dim of a layer as far as the config tells; only ratios between layers matter."""
+    """Return KV heads and head dim of a layer as far as the config tells; only ratios matter."""
     per_layer = getattr(decoder, "per_layer_config", None)
     config = decoder if per_layer is None else per_layer[index]
     return getattr(config, "num_key_value_heads", None) or 1, getattr(config, "head_dim", None) or 1

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvarn.integrations.transformers.dense import (
+    Scoring,
     causal_attention,
     causal_mask,
     chunk_attention,
@@ -18,9 +19,9 @@ from kvarn.integrations.transformers.forward import ForwardPass
 class Chunk:
     """New keys and values of one layer in one forward pass.
 
-    Either reading appends them. The order is the same in both: without a past, or with more new columns than a
-    fused step takes, the past is read as it was and the new tokens raw, then they are appended, which seals
-    tiles; otherwise they are appended first.
+    Either reading appends them. The order is the same in both: without a past, or with more new columns
+    than a fused step takes, the past is read as it was and the new tokens raw, then they are appended,
+    which seals tiles; otherwise they are appended first.
 
     Args:
         layer: index among the KVarN layers.
@@ -38,25 +39,13 @@ class Chunk:
         self._stored = forward.rows.stored
         self._dense: tuple[Tensor, Tensor] | None = None
 
-    def attend(
-        self,
-        query: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logits: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
         """Attend to the layer without building its dense tensors.
 
         Args:
             query: [batch, heads, columns, head_dim].
             mask: bool [batch, past and new columns], False at padding, or None.
-            scale: factor of the scores.
-            window: query column i sees column j if i - j < window.
-            softcap: scores become softcap * tanh(scores / softcap).
-            sink_logits: [heads], a logit per head that takes part in the softmax and has no value.
+            scoring: how scores become weights; its window counts columns.
 
         Returns:
             [batch, columns, heads, head_dim] in the query's dtype; 0 at padding.
@@ -65,47 +54,39 @@ class Chunk:
         if mask is None and self._stored is not None:
             mask = torch.ones(query.shape[0], self._before + forward.columns, dtype=torch.bool)
         forward.plan(mask)
-        out = self._attend(query, mask, scale, window, softcap, sink_logits)
+        if forward.hides or (scoring.window is not None and self._has_holes()):
+            keys, values = self.dense()
+            return masked_attention(query, keys, values, self._visible(mask, scoring.window), scoring)
+        out = forward.unpack(self._attend(query, forward.pack(query), scoring))
         self._done()
         return out
 
-    def _attend(
-        self,
-        query: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
-        forward = self.forward
-        if forward.hides or (window is not None and self._has_holes()):
-            seen = self._visible(mask, window)
-            return masked_attention(query, *self.dense(), seen, scale=scale, softcap=softcap, sink_logits=sink_logits)
-        q, step = forward.pack(query), forward.step
+    def _attend(self, query: Tensor, q: Tensor, scoring: Scoring) -> Tensor:
+        """Attend from query, which is q when packed; append on the way."""
+        forward, step = self.forward, self.forward.step
         if step is None or not len(q):
             self._append()
-            return forward.unpack(q)
-        if forward.past and (not forward.raw_first or forward.appended(self.layer)):
+            return q
+        if not forward.past:
+            out = self._prompt(query, q, scoring)
             self._append()
-            out = step.attend(self.layer, q, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)
-        elif forward.past:
-            past, lse = step.attend(self.layer, q, scale=scale, window=window, softcap=softcap, return_lse=True)
-            own = [
-                chunk_attention(*row, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)
-                for row in self._rows(q)
-            ]
-            out = merge(torch.cat([o for o, _ in own]), torch.cat([n for _, n in own]), past, lse).to(q.dtype)
+            return out
+        options = scoring.scale, scoring.window, scoring.softcap
+        if not forward.raw_first or forward.appended(self.layer):
             self._append()
-        else:
-            options = {"scale": scale, "window": window, "softcap": softcap, "sink_logits": sink_logits}
-            if forward.kept is None:
-                out = causal_attention(query, self.k, self.v, **options).flatten(0, 1)
-            else:
-                parts = [causal_attention(*(t[None] for t in row), **options)[0] for row in self._rows(q)]
-                out = torch.cat(parts)
-            self._append()
-        return forward.unpack(out)
+            return step.attend(self.layer, q, *options, scoring.sink_logits)
+        past, past_norm = step.attend(self.layer, q, *options, return_lse=True)
+        # The sink logits take part once, with the own chunk.
+        own, own_norm = zip(*(chunk_attention(*row, scoring) for row in self._rows(q)), strict=True)
+        self._append()
+        return merge(torch.cat(own), torch.cat(own_norm), past, past_norm).to(q.dtype)
+
+    def _prompt(self, query: Tensor, q: Tensor, scoring: Scoring) -> Tensor:
+        if self.forward.kept is None:
+            return causal_attention(query, self.k, self.v, scoring).flatten(0, 1)
+        return torch.cat(
+            [causal_attention(q[None], k[None], v[None], scoring)[0] for q, k, v in self._rows(q)]
+        )
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return the layer's keys and values, [batch, kv_heads, past and new columns, head_dim].
@@ -138,7 +119,7 @@ class Chunk:
     def _rows(self, q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield q, k and v [heads, tokens, head_dim] of each row, q packed."""
         forward = self.forward
-        for row, part in enumerate(q.split(forward.counts)):
+        for row, part in enumerate(torch.split(q, forward.counts)):
             k, v = self.k[row], self.v[row]
             if forward.kept is not None:
                 k, v = k[:, forward.kept[row]], v[:, forward.kept[row]]
@@ -176,7 +157,7 @@ class Chunk:
         return self._stores()[row].nonzero().squeeze(1)
 
     def _has_holes(self) -> bool:
-        """Whether a row has padding after its first token, so that distances in columns and in tokens differ."""
+        """Whether a row has padding after its first token: distances in columns are not those in tokens."""
         if self._stored is None and self.forward.kept is None:
             return False
         stores = self._stores()
@@ -185,4 +166,5 @@ class Chunk:
     def _visible(self, mask: Tensor | None, window: int | None) -> Tensor:
         """Return the dense mask, bool [batch, 1, new columns, past and new columns]."""
         seen = self._stores() if mask is None else mask.bool()
-        return causal_mask(self.forward.columns, seen.shape[1], window) & seen[:, None, None]
+        causal = causal_mask(self.forward.columns, seen.shape[1], window, self.k.device)
+        return causal & seen.to(self.k.device)[:, None, None]

@@ -1,5 +1,7 @@
 """Dense attention over raw K and V: a prompt without a past, and the own part of a chunk behind a past."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -8,56 +10,63 @@ from torch.nn.functional import scaled_dot_product_attention
 _SCORES = 1 << 22
 
 
-def causal_mask(queries: int, keys: int, window: int | None = None) -> Tensor:
-    """Return the mask of the last `queries` of `keys` tokens, bool [queries, keys], True where a key is seen."""
-    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+@dataclass(frozen=True)
+class Scoring:
+    """How products of queries and keys become the weights of values.
+
+    Attributes:
+        scale: factor of the products.
+        window: query i sees key j if i - j < window; None: every key up to its own.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sink_logits: [heads] float32, a logit per head that takes part in the softmax and has no value.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    def capped(self, products: Tensor) -> Tensor:
+        """Return the scores of products."""
+        scores = products * self.scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def norm(self, scores: Tensor) -> Tensor:
+        """Return the natural log of the softmax denominators of scores [..., heads, queries, keys]."""
+        norm = scores.logsumexp(-1)
+        return norm if self.sink_logits is None else torch.logaddexp(norm, self.sink_logits[:, None])
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the mask of the last `queries` of `keys` tokens, bool [queries, keys], True where it sees."""
+    positions = torch.arange(keys, device=device)
+    distance = positions[keys - queries :, None] - positions
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention of a chunk to itself.
 
     Args:
         q: queries, [batch, heads, tokens, head_dim].
         k: keys, [batch, kv_heads, tokens, head_dim]; heads is a multiple of kv_heads.
         v: values, like k.
-        scale: factor of the scores.
-        window: token i sees token j if i - j < window.
-        softcap: scores become softcap * tanh(scores / softcap).
-        sink_logits: [heads], a logit per head that takes part in the softmax and has no value.
+        scoring: how scores become weights.
 
     Returns:
         [batch, tokens, heads, head_dim] in q's dtype.
     """
-    if softcap is None and sink_logits is None and (window is None or window >= q.shape[2]):
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    window = scoring.window
+    if scoring.softcap is None and scoring.sink_logits is None and (window is None or window >= q.shape[2]):
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2)
-    rows = [
-        chunk_attention(*row, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)[0]
-        for row in zip(q, k, v, strict=True)
-    ]
+    rows = [chunk_attention(*row, scoring)[0] for row in zip(q, k, v, strict=True)]
     return torch.stack(rows).to(q.dtype)
 
 
-def chunk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Causal attention of one row's chunk to itself, with the logarithm of its normaliser.
 
     Computed in float32, a block of queries at a time: memory does not grow with the square of the chunk.
@@ -66,10 +75,7 @@ def chunk_attention(
         q: queries, [heads, tokens, head_dim].
         k: keys, [kv_heads, tokens, head_dim].
         v: values, like k.
-        scale: factor of the scores.
-        window: token i sees token j if i - j < window.
-        softcap: scores become softcap * tanh(scores / softcap).
-        sink_logits: [heads], as in `causal_attention`.
+        scoring: how scores become weights.
 
     Returns:
         The output [tokens, heads, head_dim] and the natural log-sum-exp [tokens, heads], both float32.
@@ -83,19 +89,12 @@ def chunk_attention(
     block = max(1, _SCORES // max(1, heads * tokens))
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
-        first = 0 if window is None else max(0, start - window + 1)
+        first = 0 if scoring.window is None else max(0, start - scoring.window + 1)
         queries = q[:, start:stop].float().reshape(kv_heads, shared * (stop - start), head_dim)
-        scores = (queries @ k[:, first:stop].transpose(1, 2)).view(heads, stop - start, stop - first) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        distance = (
-            torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
-        )
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        norm = scores.logsumexp(-1)
-        if sink_logits is not None:
-            norm = torch.logaddexp(norm, sink_logits.float()[:, None])
+        scores = (queries @ k[:, first:stop].transpose(1, 2)).view(heads, stop - start, stop - first)
+        scores = scoring.capped(scores)
+        seen = causal_mask(stop - start, stop - first, scoring.window, q.device)
+        norm = scoring.norm(scores := scores.masked_fill(~seen, -torch.inf))
         weights = (scores - norm[..., None]).exp().view(kv_heads, shared * (stop - start), stop - first)
         out[start:stop] = (weights @ v[:, first:stop]).view(heads, stop - start, head_dim).transpose(0, 1)
         lse[start:stop] = norm.T
@@ -118,16 +117,7 @@ def merge(out: Tensor, lse: Tensor, past_out: Tensor, past_lse: Tensor) -> Tenso
     return torch.lerp(out, past_out.float(), share)
 
 
-def masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
     """Attention under any mask, in float32, a block of queries at a time.
 
     Args:
@@ -135,9 +125,7 @@ def masked_attention(
         k: keys, [batch, kv_heads, keys, head_dim].
         v: values, like k.
         mask: [batch or 1, heads or 1, queries, keys], bool (True is seen) or added to the scores.
-        scale: factor of the scores.
-        softcap: scores become softcap * tanh(scores / softcap), before the mask.
-        sink_logits: [heads], as in `causal_attention`.
+        scoring: how scores become weights; its window is not read.
 
     Returns:
         [batch, queries, heads, head_dim] in q's dtype; 0 where a query sees nothing.
@@ -151,15 +139,15 @@ def masked_attention(
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         part = q[:, :, start:stop].float().reshape(batch, kv_heads, shared * (stop - start), head_dim)
-        scores = (part @ k.transpose(2, 3)).view(batch, heads, stop - start, keys) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = (part @ k.transpose(2, 3)).view(batch, heads, stop - start, keys)
+        scores = scoring.capped(scores)
         rows = mask[:, :, start:stop]
         scores = scores.masked_fill(~rows, -torch.inf) if mask.dtype == torch.bool else scores + rows
-        norm = scores.logsumexp(-1, keepdim=True)
-        if sink_logits is not None:
-            norm = torch.logaddexp(norm, sink_logits.float()[:, None, None])
-        weights = (scores - norm.clamp_min(torch.finfo(torch.float32).min)).exp()
+        norm = scoring.norm(scores)
+        # A row of -inf, which sees nothing, has the norm -inf too.
+        weights = (scores - norm.clamp_min(torch.finfo(torch.float32).min)[..., None]).exp()
         weights = weights.view(batch, kv_heads, shared * (stop - start), keys)
-        out[:, start:stop] = (weights @ v).view(batch, heads, stop - start, head_dim).transpose(1, 2).to(q.dtype)
+        out[:, start:stop] = (
+            (weights @ v).view(batch, heads, stop - start, head_dim).transpose(1, 2).to(q.dtype)
+        )
     return out

@@ -10,16 +10,17 @@ from kvarn import ShapeError, Step
 if TYPE_CHECKING:
     from kvarn.integrations.transformers.rows import Rows
 
-# The longest step that is appended before it attends. A longer one first attends to its own raw keys and values.
+# The longest step that is appended before it attends. A longer one first attends to its own raw keys and
+# values.
 _FUSED_TOKENS = 16
 
 
 class ForwardPass:
     """The new columns of a batch on their way through the layers.
 
-    The first layer to need it plans the pass: which of the new columns are tokens, and the pool's step. The pass
-    is finished when the last layer is done, unless layers share keys and values: then with the next use of the
-    cache. Until then the rows are as they were before.
+    The first layer to need it plans the pass: which of the new columns are tokens, and the pool's step.
+    The pass is finished when the last layer is done, unless layers share keys and values: then with the
+    next use of the cache. Until then the rows are as they were before.
 
     Attributes:
         columns: new columns.
@@ -53,7 +54,7 @@ class ForwardPass:
         return len(self._appended) == self.rows.layers
 
     def plan(self, mask: Tensor | None) -> None:
-        """Open the pool's step for the tokens that mask shows, or check that a later layer's mask is the same.
+        """Open the pool's step for the tokens that mask shows, or check that later layers show the same.
 
         Args:
             mask: bool [batch, past and new columns], False at padding; None: all new columns are tokens.
@@ -70,8 +71,7 @@ class ForwardPass:
         self.kept = None if kept is None or bool(kept.all()) else kept
         rows, batch = self.rows, len(self.rows.sequences)
         self.counts = [self.columns] * batch if self.kept is None else self.kept.sum(dim=1).tolist()
-        limit = rows.config.group if rows.settings.hold is None else rows.settings.hold  # type: ignore[union-attr]
-        self.hold = [min(count, limit) for count in self.counts]
+        hold = [min(count, rows.hold) for count in self.counts]
         self._index = None if self.kept is None else self.kept.flatten().nonzero().squeeze(1)
         # The pool takes no sequence that has nothing to append or commit.
         self._live = [
@@ -84,7 +84,7 @@ class ForwardPass:
             self.step = rows.pool.step(
                 [rows.sequences[row] for row in self._live],
                 counts=[self.counts[row] for row in self._live],
-                hold=[self.hold[row] for row in self._live],
+                hold=[hold[row] for row in self._live],
             )
         self._mask, self.planned = mask, True
 
@@ -99,7 +99,8 @@ class ForwardPass:
             return (None if tokens is None else tokens[:, past:]), False
         if mask.shape != (batch, total):
             raise ShapeError(
-                f"attention_mask {list(mask.shape)}: expected [{batch}, {total}], the batch by past and new columns"
+                f"attention_mask {list(mask.shape)}: expected [{batch}, {total}], the batch by past and new "
+                "columns"
             )
         shown = mask.bool().cpu() if tokens is None else mask.bool().cpu() & tokens
         before = shown[:, :past]
@@ -109,18 +110,20 @@ class ForwardPass:
         if len(revealed):
             row, column = revealed[0].tolist()
             raise ShapeError(
-                f"attention_mask shows column {column} of row {row}: expected 0, as it was padding when the row was "
-                "stored; keep the mask of earlier calls"
+                f"attention_mask shows column {column} of row {row}: expected 0, as it was padding when the "
+                "row was stored; keep the mask of earlier calls"
             )
         return shown[:, past:], bool((rows.stored & ~before).any())
 
     def _check_same(self, mask: Tensor | None) -> None:
         kept, hides = self._read(mask)
-        planned = torch.ones(len(self.counts), self.columns, dtype=torch.bool) if self.kept is None else self.kept
+        planned = (
+            torch.ones(len(self.counts), self.columns, dtype=torch.bool) if self.kept is None else self.kept
+        )
         if (kept is None and self.kept is not None) or (kept is not None and not torch.equal(kept, planned)):
             raise ShapeError(
-                "attention_mask of this layer shows other new columns than that of the first: expected one mask for all "
-                "layers of a forward pass"
+                "attention_mask of this layer shows other new columns than that of the first: expected one "
+                "mask for all layers of a forward pass"
             )
         self._mask, self.hides = mask, hides
 
@@ -141,7 +144,8 @@ class ForwardPass:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Append packed k and v [tokens, kv_heads, head_dim] to layer.
 
-        Where layers share keys and values, later ones still need the past as it was: the tensors wait for the end.
+        Where layers share keys and values, later ones still need the past as it was: the tensors wait for
+        the end.
         """
         if self.rows.sharing and self.raw_first:
             self._appended[layer] = (k, v)
@@ -151,7 +155,7 @@ class ForwardPass:
             self._appended[layer] = None
 
     def expand(self, layer: int, row: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a row's keys and values in layer, [tokens, kv_heads, head_dim]: the new ones too once appended."""
+        """Return a row's keys and values in layer, [tokens, kv_heads, head_dim]; once appended, all."""
         if self.step is not None and row in self._live:
             return self.step.expand(layer, self._live.index(row), like=like)
         assert self.rows.pool is not None

@@ -15,14 +15,14 @@ class Handle(Tensor):
     """Stands for a layer's keys or values, [batch, kv_heads, columns, head_dim], without holding them.
 
     transformers hands the attention function what `update` returned, never the cache. The function registered
-    as ``"kvarn"`` reads `chunk`; every other operation builds the dense tensor, which the cache counts.
+    as ``"kvarn"`` reads `source`; every other operation builds the dense tensor, which the cache counts.
     """
 
     # Results of operations are plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    chunk: "Chunk"
-    values: bool
+    source: "Chunk"
+    is_values: bool
 
     @staticmethod
     def __new__(cls, chunk: "Chunk", columns: int, *, values: bool) -> "Handle":
@@ -30,14 +30,16 @@ class Handle(Tensor):
         like = chunk.k
         shape = (like.shape[0], like.shape[1], columns, like.shape[3])
         handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        handle.chunk, handle.values = chunk, values
+        handle.source, handle.is_values = chunk, values
         return handle
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Handle({'values' if self.values else 'keys'}, shape={tuple(self.shape)}, dtype={self.dtype})"
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return (
+            f"Handle({'values' if self.is_values else 'keys'}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        )
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -47,6 +49,6 @@ class Handle(Tensor):
         """Run any operation on the dense tensors."""
 
         def dense(value: Any) -> Any:
-            return value.chunk.dense()[value.values] if isinstance(value, cls) else value
+            return value.source.dense()[value.is_values] if isinstance(value, cls) else value
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))

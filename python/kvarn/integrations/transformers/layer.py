@@ -16,7 +16,7 @@ from kvarn.integrations.transformers.rows import Rows
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class KVarNLayer(CacheLayerMixin):
+class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One full-attention layer of a `KVarNCache`; the tokens are in the rows that all its layers share.
 
     Args:
@@ -29,7 +29,7 @@ class KVarNLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, rows: Rows, index: int, reads_handles: Callable[[], bool]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = rows
         self.index = index
         self.is_croppable = rows.settings.hold != 0
@@ -48,8 +48,8 @@ class KVarNLayer(CacheLayerMixin):
         """Bring new keys and values, [batch, kv_heads, columns, head_dim] in float16, bfloat16 or float32.
 
         Returns:
-            Keys and values of past and new columns: handles for the attention function ``"kvarn"``, dense tensors
-            for any other.
+            Keys and values of past and new columns: handles for the attention function ``"kvarn"``, dense
+            tensors for any other.
 
         Raises:
             ShapeError: shape or batch differ from what the cache holds.
@@ -64,7 +64,8 @@ class KVarNLayer(CacheLayerMixin):
         batch, _, columns, _ = key_states.shape
         if batch != len(self.rows.sequences):
             raise ShapeError(
-                f"batch {batch}: expected {len(self.rows.sequences)}, the rows that the cache holds; call reset() first"
+                f"batch {batch}: expected {len(self.rows.sequences)}, the rows that the cache holds; call "
+                "reset() first"
             )
         chunk = Chunk(self.index, key_states, value_states, self.rows.begin(self.index, columns))
         if not self._reads_handles():
@@ -75,18 +76,20 @@ class KVarNLayer(CacheLayerMixin):
     def _check(self, k: Tensor, v: Tensor) -> None:
         if k.ndim != 4 or k.shape != v.shape:
             raise ShapeError(
-                f"layer {self.index}: keys {list(k.shape)} and values {list(v.shape)}: expected the same shape [batch, "
-                "kv_heads, tokens, head_dim]; models with unequal head dims need another cache"
+                f"layer {self.index}: keys {list(k.shape)} and values {list(v.shape)}: expected the same "
+                "shape [batch, kv_heads, tokens, head_dim]; models with unequal head dims need another cache"
             )
         expected = self.dtype if self.is_initialized else k.dtype
         if k.dtype not in _DTYPES or k.dtype != expected or v.dtype != expected:
             raise DTypeError(
-                f"layer {self.index}: keys {k.dtype} and values {v.dtype}: expected both float16, bfloat16 or float32, and "
-                "the same as at first; load the model in one of them, or call reset() after changing it"
+                f"layer {self.index}: keys {k.dtype} and values {v.dtype}: expected both float16, bfloat16 "
+                "or float32, and the same as at first; load the model in one of them, or call reset() after "
+                "changing it"
             )
         if k.requires_grad or v.requires_grad:
             raise TensorError(
-                f"layer {self.index}: keys or values require grad: expected inference; call the model in torch.no_grad()"
+                f"layer {self.index}: keys or values require grad: expected inference; call the model in "
+                "torch.no_grad()"
             )
 
     def get_seq_length(self) -> int:
@@ -133,6 +136,6 @@ class KVarNLayer(CacheLayerMixin):
 
     def _refuse(self, operation: str) -> Any:
         raise UnsupportedError(
-            f"{operation} of layer {self.index} alone: expected all layers at once, as they share their rows; call it on "
-            "the KVarNCache"
+            f"{operation} of layer {self.index} alone: expected all layers at once, as they share their "
+            "rows; call it on the KVarNCache"
         )

@@ -67,7 +67,7 @@ class Rows:
         self.stored: Tensor | None = None
 
     def open(self, layer: int, k: Tensor) -> None:
-        """Make the pool for tensors like k [batch, kv_heads, tokens, head_dim], or check layer's shape against it."""
+        """Make the pool for keys like k [batch, kv_heads, tokens, head_dim], or check layer's shape."""
         batch, kv_heads, _, head_dim = k.shape
         if self.pool is None:
             heads, dim = self._ratios[layer]
@@ -76,21 +76,23 @@ class Rows:
         elif self._shapes[layer] != (kv_heads, head_dim):
             seen, dim = self._shapes[layer]
             raise ShapeError(
-                f"layer {layer} has {kv_heads} kv heads of head_dim {head_dim}: expected {seen} of {dim} by the first "
-                "layer's tensors and the model's config; give the KVarNCache the config of this model"
+                f"layer {layer} has {kv_heads} kv heads of head_dim {head_dim}: expected {seen} of {dim} by "
+                "the first layer's tensors and the model's config; give the KVarNCache the config of this "
+                "model"
             )
 
     def _make(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         settings = self.settings
         if settings.padding is not None and len(settings.padding) != batch:
             raise ShapeError(
-                f"padding of {len(settings.padding)} rows: expected one entry for each of the {batch} rows of the batch"
+                f"padding of {len(settings.padding)} rows: expected one entry for each of the {batch} rows "
+                "of the batch"
             )
         self.config = config = settings.codec(self._shapes[0][1])
         group = config.group
-        hold = group if settings.hold is None else settings.hold
+        self.hold = group if settings.hold is None else settings.hold
         # Tiles being sealed and the new tail have slots at the same time while a step is open.
-        slots = (config.sink_tokens > 0) + 2 * -(-(config.recent_tokens + group + hold - 1) // group)
+        slots = (config.sink_tokens > 0) + 2 * -(-(config.recent_tokens + group + self.hold - 1) // group)
         self.pool = Pool(
             config,
             layers=[LayerShape(heads, dim) for heads, dim in self._shapes],
@@ -105,8 +107,8 @@ class Rows:
     def begin(self, layer: int, columns: int) -> ForwardPass:
         """Enter `columns` new columns into layer, opening a forward pass with the first layer.
 
-        A layer that comes twice means that the pass before was broken off by an exception: it is abandoned, and
-        the rows are as they were before it.
+        A layer that comes twice means that the pass before was broken off by an exception: it is
+        abandoned, and the rows are as they were before it.
         """
         self.settle()
         if self.forward is not None and (layer in self.forward.began or self.forward.columns != columns):
@@ -114,8 +116,8 @@ class Rows:
         if self.forward is None:
             if self.columns + columns > self.settings.max_tokens:
                 raise CapacityError(
-                    f"{self.columns + columns} tokens: expected at most max_tokens={self.settings.max_tokens}; "
-                    "make the KVarNCache with a larger max_tokens"
+                    f"{self.columns + columns} tokens: expected at most "
+                    f"max_tokens={self.settings.max_tokens}; make the KVarNCache with a larger max_tokens"
                 )
             self.forward = ForwardPass(self, columns)
         self.forward.began.add(layer)
@@ -165,8 +167,9 @@ class Rows:
             sealed = self._first_exact(row)
             if 0 < length < sealed:
                 raise UnsupportedError(
-                    f"crop(-{remove}) leaves row {row} with {length} tokens: expected at least {sealed}, which are sealed "
-                    "into records; crop less, or make the KVarNCache with a larger hold or recent_tokens"
+                    f"crop(-{remove}) leaves row {row} with {length} tokens: expected at least {sealed}, "
+                    "which are sealed into records; crop less, or make the KVarNCache with a larger hold or "
+                    "recent_tokens"
                 )
         return lengths
 
@@ -209,8 +212,9 @@ class Rows:
         twice = next((row for row in order if order.count(row) > 1), None)
         if twice is not None:
             raise UnsupportedError(
-                f"{operation} takes row {twice} {order.count(twice)} times: expected each row at most once, as rows "
-                "cannot be forked yet; use num_beams=1 and expand the batch before the prompt, or a DynamicCache"
+                f"{operation} takes row {twice} {order.count(twice)} times: expected each row at most once, "
+                "as rows cannot be forked yet; use num_beams=1 and expand the batch before the prompt, or a "
+                "DynamicCache"
             )
         for row in range(batch):
             if row not in order:
