@@ -26,7 +26,7 @@ help:  ## list the targets
 
 demo: build  ## set up, then compare a 16-bit cache with KVarN on a long prompt (a few minutes on 2 cores)
 	HF_HUB_OFFLINE=1 $(BIN)/kvarn generate --compare --max-new-tokens 96 --file examples/lighthouse.txt \
-		"Who was Ines Marlow, and what did she do? Answer from the text above."
+		"What do we know about Ines Marlow, her bees and her boat?"
 
 test: lint test-rust test-python  ## set up, then formatters, linters, types, stubs, Rust and Python tests
 

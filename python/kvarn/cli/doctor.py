@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     machine = table("Machine", "what", "value")
     machine.add_row("platform", found["platform"])
     machine.add_row("CPU features", ", ".join(found["cpu_features"]) or "none used")
-    machine.add_row("threads", f"{found['threads']['pool']} used by kvarn, {found['threads']['logical']} cores")
+    machine.add_row(
+        "threads", f"{found['threads']['pool']} used by kvarn, {found['threads']['logical']} cores"
+    )
     machine.add_row("NVIDIA driver", _driver_text(found["cuda_driver"]))
     usable = table("Usable here", "what", "")
     for name, (works, why) in found["usable"].items():

@@ -55,7 +55,6 @@ def run_table(runs: Sequence[Run], job: Job) -> Table:
     made = table(
         f"{rows[0]['model']}, {rows[0]['prompt_tokens']:,} prompt tokens; speeds in tokens/s",
         "cache",
-        "new",
         "prefill",
         "decode",
         "MiB",
@@ -66,7 +65,6 @@ def run_table(runs: Sequence[Run], job: Job) -> Table:
         cache, decode = row["cache"], row["decode_tokens_per_second"]
         made.add_row(
             row["kv_cache_dtype"],
-            str(row["new_tokens"]),
             f"{row['prefill_tokens_per_second']:.0f}",
             "–" if decode is None else f"{decode:.1f}",
             f"{cache['total'] / MIB:.2f}",
@@ -87,5 +85,5 @@ def _held(row: dict[str, Any]) -> str:
         ("tables", "tables"),
         ("stock layers", "dense"),
     ]
-    shown = ", ".join(f"{label} {cache[key] / MIB:.2f}" for label, key in parts if cache[key])
-    return f"{row['kv_cache_dtype']}, MiB: {shown}"
+    shown = ", ".join(f"{label} {cache[key]:,}" for label, key in parts if cache[key])
+    return f"{row['kv_cache_dtype']}, bytes: {shown}"
