@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use kvarn::codec::{EncodeCounts, Rotation, SlotType, TileEncoder, round_to_slot, zero_non_finite};
+use kvarn::codec::{EncodeCounts, Rotation, SlotType, TileEncoder, finite, round_to_slot};
 use kvarn::tables::{SealSource, SequencePlan};
 use kvarn::{Config, Saturation};
 
@@ -13,13 +13,14 @@ use crate::pool::{Layer, Pool};
 /// What is done to a row before it is stored: non-finite elements become 0, then it is rotated and rounded to the slot
 /// type.
 pub(crate) fn store_precision(row: &mut [f32], rotation: Option<&Rotation>, slot: SlotType) -> EncodeCounts {
-    let non_finite = zero_non_finite(row);
+    let mut counts = finite(row);
     if let Some(rotation) = rotation {
         rotation.apply(row);
     }
     let mut saturation = Saturation::default();
     round_to_slot(row, slot, &mut saturation);
-    EncodeCounts { non_finite, saturated: saturation.0 }
+    counts.saturated += saturation.0;
+    counts
 }
 
 /// Carries out a sequence's plan for one KV head of one layer.

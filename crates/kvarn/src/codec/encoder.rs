@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::absorb::{Parameters, round, round_in_place};
-use super::input::zero_non_finite;
+use super::input::finite;
 use super::normalize::Normalizer;
 use super::quantize::{row_codes, row_range};
 use super::refit::{TokenSums, prescale, refit_row};
@@ -109,7 +109,7 @@ impl MatrixEncoder {
     }
 
     fn encode(&mut self, refit: bool, iterations: usize) -> EncodeCounts {
-        let non_finite = zero_non_finite(&mut self.m);
+        let mut counts = finite(&mut self.m);
         let mut saturation = Saturation::default();
         let p = if refit { prescale(&self.m) } else { 1.0 };
         self.balance(p, iterations);
@@ -129,7 +129,8 @@ impl MatrixEncoder {
         for (code, &value) in self.encoded.codes.iter_mut().zip(&self.codes) {
             *code = value as u8;
         }
-        EncodeCounts { non_finite, saturated: saturation.0 }
+        counts.saturated += saturation.0;
+        counts
     }
 
     /// Normalises `m / p`.

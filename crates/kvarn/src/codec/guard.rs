@@ -23,8 +23,8 @@ impl RangeGuard {
             return Self { exponent: 0 };
         }
         let mut exponent = exponent(round_to_11_bits(largest)) + 1;
-        let column = column_scale.iter().copied().fold(0.0, f32::max);
-        while column.is_finite() && f64::from(column) * power(exponent) > 65504.0 {
+        let column = round_to_11_bits(f64::from(column_scale.iter().copied().fold(0.0, f32::max)));
+        while column.is_finite() && column * power(exponent) > 65504.0 {
             exponent -= 1;
         }
         Self { exponent }

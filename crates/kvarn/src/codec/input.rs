@@ -1,5 +1,6 @@
 //! What happens to values before they are stored: non-finite ones become 0, rotated ones take the slot's type.
 
+use super::EncodeCounts;
 use crate::{Saturation, round_to_half};
 
 /// Element type of a slot, hence of what the encoder sees.
@@ -21,40 +22,33 @@ impl SlotType {
     }
 }
 
-/// Largest magnitude that a record can decode to, 65504², rounded down to a power of two.
-const RECORD_MAX: f32 = 4_294_967_296.0 / 2.0;
+/// Inputs are cut here, so that sums of squares of a rotated tile stay finite in float32.
+const INPUT_MAX: f32 = (1u64 << 48) as f32;
 
-/// Replaces every NaN and infinity by 0 and returns how many there were. To be done before rotating: a rotation would
-/// spread them over the head.
+/// Replaces every NaN and infinity by 0 and cuts what is beyond ±2⁴⁸. To be done before rotating: a rotation would spread
+/// them over the head. Returns the counts of both.
 #[inline]
-pub fn zero_non_finite(values: &mut [f32]) -> u64 {
-    let mut count = 0;
+pub fn finite(values: &mut [f32]) -> EncodeCounts {
+    let mut counts = EncodeCounts::default();
     for value in values {
         if !value.is_finite() {
             *value = 0.0;
-            count += 1;
+            counts.non_finite += 1;
+        } else if value.abs() > INPUT_MAX {
+            *value = INPUT_MAX.copysign(*value);
+            counts.saturated += 1;
         }
     }
-    count
+    counts
 }
 
 /// Rounds rotated values to what a slot of type `slot` would hold, so that tiles encoded directly and tiles sealed from
-/// slots agree. float32 values saturate (counted) at ±2³¹, about the largest that a record can represent.
+/// slots agree.
 #[inline]
 pub fn round_to_slot(values: &mut [f32], slot: SlotType, saturation: &mut Saturation) {
-    match slot {
-        SlotType::Float16 => {
-            for value in values {
-                *value = round_to_half(*value, saturation).to_f32();
-            }
-        }
-        SlotType::Float32 => {
-            for value in values {
-                if value.abs() > RECORD_MAX {
-                    saturation.0 += 1;
-                    *value = RECORD_MAX.copysign(*value);
-                }
-            }
+    if slot == SlotType::Float16 {
+        for value in values {
+            *value = round_to_half(*value, saturation).to_f32();
         }
     }
 }

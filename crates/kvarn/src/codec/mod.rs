@@ -16,5 +16,5 @@ mod rotation;
 pub use decode::{DecodeScratch, decode_matrix};
 pub use encoder::{EncodeCounts, TileEncoder};
 pub use guard::RangeGuard;
-pub use input::{SlotType, round_to_slot, zero_non_finite};
+pub use input::{SlotType, finite, round_to_slot};
 pub use rotation::Rotation;

@@ -1,0 +1,251 @@
+//! `kvarn.Pool` and `kvarn.Sequence`.
+
+use std::sync::Arc;
+
+use kvarn::codec::SlotType;
+use kvarn::tables::{SequenceId, SequenceView};
+use kvarn_cpu::LayerShape;
+use kvarn_dlpack::ElementType;
+use pyo3::prelude::*;
+
+use crate::arguments::{natural, naturals};
+use crate::config::Config;
+use crate::error::{Class, detached};
+use crate::memory::Memory;
+use crate::step::Step;
+use crate::tensor::Lent;
+
+/// The cache memory of one model; see `kvarn.Pool`.
+#[pyclass(module = "kvarn._kvarn", frozen)]
+pub(crate) struct Pool(Arc<kvarn_cpu::Pool>);
+
+#[pymethods]
+impl Pool {
+    /// Reserves memory for layers of `(kv_heads, head_dim)`.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        config: &Config,
+        layers: Vec<(i64, i64)>,
+        pages: i64,
+        slots: i64,
+        float32: bool,
+    ) -> PyResult<Self> {
+        let config = config.0;
+        let number = |what, value| natural(py, Class::Shape, what, value);
+        let layers = layers
+            .into_iter()
+            .map(|(kv_heads, head_dim)| {
+                Ok(LayerShape {
+                    kv_heads: number("kv_heads", kv_heads)?,
+                    head_dim: number("head_dim", head_dim)?,
+                })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let (pages, slots) = (number("pages", pages)?, number("slots", slots)?);
+        let slot_type = if float32 { SlotType::Float32 } else { SlotType::Float16 };
+        let pool = detached(py, || kvarn_cpu::Pool::new(config, &layers, pages, slots, slot_type))?;
+        Ok(Self(pool))
+    }
+
+    /// A new, empty sequence.
+    fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
+        let id = detached(py, || Ok::<_, kvarn_cpu::Error>(self.0.create()))?;
+        Ok(Sequence { pool: Arc::clone(&self.0), id })
+    }
+
+    /// Forgets a sequence.
+    fn free(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.free(id))
+    }
+
+    /// Keeps the first `length` tokens.
+    fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
+        let id = sequence.get().id;
+        let length = natural(py, Class::Shape, "length", length)?;
+        detached(py, || self.0.truncate(id, length))
+    }
+
+    /// Plans a step; `counts` and `hold` have one entry per sequence.
+    fn step(
+        &self,
+        py: Python<'_>,
+        sequences: Vec<Bound<'_, Sequence>>,
+        counts: Vec<i64>,
+        hold: Vec<i64>,
+    ) -> PyResult<Step> {
+        let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.get().id).collect();
+        let (counts, hold) = (naturals(py, "count", &counts)?, naturals(py, "hold", &hold)?);
+        detached(py, || self.0.step(&ids, &counts, &hold)).map(Step)
+    }
+
+    /// Decodes a sequence in one layer to `k` and `v`, `[length, kv_heads, head_dim]`.
+    fn expand(
+        &self,
+        py: Python<'_>,
+        sequence: &Bound<'_, Sequence>,
+        layer: i64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        rotated: bool,
+    ) -> PyResult<()> {
+        const SHAPE: &str = "[length, kv_heads, head_dim]";
+        let id = sequence.get().id;
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let (k, v) = (Lent::new("k", k)?, Lent::new("v", v)?);
+        let (k, v) = (k.tensor_mut(SHAPE)?, v.tensor_mut(SHAPE)?);
+        detached(py, || self.0.expand(id, layer, rotated, &k, &v))
+    }
+
+    /// Usage.
+    fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
+        let stats = detached(py, || Ok::<_, kvarn_cpu::Error>(self.0.stats()))?;
+        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps } = stats.tables;
+        Ok(Stats {
+            pages: pages.total,
+            pages_used: pages.used,
+            pages_free: pages.free,
+            slots: slots.total,
+            slots_used: slots.used,
+            slots_free: slots.free,
+            sequences,
+            tokens,
+            open_steps,
+            page_bytes: stats.page_bytes,
+            slot_bytes: stats.slot_bytes,
+            non_finite: stats.counts.non_finite,
+            saturated: stats.counts.saturated,
+        })
+    }
+
+    /// `(kv_heads, head_dim)` of each layer.
+    #[getter]
+    fn layers(&self) -> Vec<(usize, usize)> {
+        self.0.layers().map(|layer| (layer.kv_heads, layer.head_dim)).collect()
+    }
+
+    /// Pages of one layer.
+    fn pages(&self, py: Python<'_>, layer: i64) -> PyResult<Memory> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let view = detached(py, || self.0.pages(layer))?;
+        Ok(Memory::of_pool(&view, ElementType::UInt8))
+    }
+
+    /// Slots of one layer.
+    fn slots(&self, py: Python<'_>, layer: i64) -> PyResult<Memory> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let view = detached(py, || self.0.slots(layer))?;
+        let element = match self.0.slot_type() {
+            SlotType::Float16 => ElementType::Float16,
+            SlotType::Float32 => ElementType::Float32,
+        };
+        Ok(Memory::of_pool(&view, element))
+    }
+}
+
+/// A sequence of a pool: the tokens of one request, in order.
+///
+/// Made by ``Pool.create``, forgotten by ``Pool.free``; dropping the object does not free the sequence. Every attribute
+/// raises StateError once the sequence is freed.
+#[pyclass(module = "kvarn", frozen)]
+pub(crate) struct Sequence {
+    pool: Arc<kvarn_cpu::Pool>,
+    id: SequenceId,
+}
+
+#[pymethods]
+impl Sequence {
+    /// Tokens stored, held ones included.
+    #[getter]
+    fn length(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.view(py)?.length)
+    }
+
+    /// Tokens committed: all but those held back by the last step.
+    #[getter]
+    fn committed(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.view(py)?.committed)
+    }
+
+    /// Page of each tile, -1 where it has none: int32 [tiles], a read-only snapshot.
+    #[getter]
+    fn block_table(&self, py: Python<'_>) -> PyResult<Memory> {
+        let view = self.view(py)?;
+        Ok(Memory::of_table(&view.block_table, &[view.block_table.len()]))
+    }
+
+    /// Slot of each tile, -1 where it has none: int32 [tiles], a read-only snapshot.
+    #[getter]
+    fn slot_table(&self, py: Python<'_>) -> PyResult<Memory> {
+        let view = self.view(py)?;
+        Ok(Memory::of_table(&view.slot_table, &[view.slot_table.len()]))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        match self.view(py) {
+            Ok(view) => format!("<kvarn {} of {} tokens>", self.id, view.length),
+            Err(_) => format!("<kvarn {}, freed>", self.id),
+        }
+    }
+}
+
+impl Sequence {
+    fn view(&self, py: Python<'_>) -> PyResult<SequenceView> {
+        detached(py, || self.pool.view(self.id))
+    }
+}
+
+/// Use of a pool at one moment.
+#[pyclass(module = "kvarn", frozen, get_all, eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stats {
+    /// Pages of the pool, each the records of one sealed tile in every layer.
+    pages: usize,
+    /// Pages in use, those reserved by open steps included.
+    pages_used: usize,
+    /// Pages that the next step may take.
+    pages_free: usize,
+    /// Slots of the pool, each one tile in 16 bit (32 with dtype="float32") in every layer.
+    slots: usize,
+    /// Slots in use, those reserved by open steps included.
+    slots_used: usize,
+    /// Slots that the next step may take.
+    slots_free: usize,
+    /// Sequences that exist.
+    sequences: usize,
+    /// Tokens of all sequences.
+    tokens: usize,
+    /// Steps planned and neither finished nor abandoned.
+    open_steps: usize,
+    /// Bytes of the pages in use, all layers.
+    page_bytes: usize,
+    /// Bytes of the slots in use, all layers.
+    slot_bytes: usize,
+    /// Elements that were NaN or infinite, stored as 0, since the pool was made.
+    non_finite: u64,
+    /// Values that were beyond the range of their stored type, since the pool was made.
+    saturated: u64,
+}
+
+#[pymethods]
+impl Stats {
+    fn __repr__(&self) -> String {
+        format!(
+            "Stats(pages={}, pages_used={}, pages_free={}, slots={}, slots_used={}, slots_free={}, sequences={}, tokens={}, open_steps={}, page_bytes={}, slot_bytes={}, non_finite={}, saturated={})",
+            self.pages,
+            self.pages_used,
+            self.pages_free,
+            self.slots,
+            self.slots_used,
+            self.slots_free,
+            self.sequences,
+            self.tokens,
+            self.open_steps,
+            self.page_bytes,
+            self.slot_bytes,
+            self.non_finite,
+            self.saturated
+        )
+    }
+}

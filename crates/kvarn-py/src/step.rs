@@ -1,0 +1,125 @@
+//! `kvarn._kvarn.Step`.
+
+use kvarn::tables::BatchView;
+use kvarn_cpu::AttendOptions;
+use pyo3::prelude::*;
+
+use crate::arguments::natural;
+use crate::codec::refuse_non_finite;
+use crate::error::{Class, detached};
+use crate::memory::Memory;
+use crate::tensor::Lent;
+
+const KEYS: &str = "[sum of counts, kv_heads, head_dim]";
+const QUERIES: &str = "[sum of counts, heads, head_dim]";
+
+/// One forward pass of a batch; see `kvarn.Step`. Dropped without `finish`, it is abandoned.
+#[pyclass(module = "kvarn._kvarn", frozen)]
+pub(crate) struct Step(pub(crate) kvarn_cpu::Step);
+
+#[pymethods]
+impl Step {
+    /// Stores K and V of one layer; returns how many elements were not finite, and saturated.
+    fn append(
+        &self,
+        py: Python<'_>,
+        layer: i64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        rotated: bool,
+        check: bool,
+    ) -> PyResult<(u64, u64)> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let (k, v) = (Lent::new("k", k)?, Lent::new("v", v)?);
+        let (k, v) = (k.tensor(KEYS)?, v.tensor(KEYS)?);
+        if check {
+            for (name, tensor) in [("k", k), ("v", v)] {
+                refuse_non_finite(py, name, tensor, |[token, head, channel]| {
+                    format!("layer {layer}, token {token}, head {head}, channel {channel}")
+                })?;
+            }
+        }
+        let counts = detached(py, || self.0.append(layer, &k, &v, rotated))?;
+        Ok((counts.non_finite, counts.saturated))
+    }
+
+    /// Attention of `q` over what is stored, to `out`, and `lse` if given.
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
+    fn attend(
+        &self,
+        py: Python<'_>,
+        layer: i64,
+        q: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        lse: Option<&Bound<'_, PyAny>>,
+        scale: Option<f32>,
+        window: Option<i64>,
+        softcap: Option<f32>,
+        sink_logits: Option<&Bound<'_, PyAny>>,
+        rotated: bool,
+    ) -> PyResult<()> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let window = window.map(|window| natural(py, Class::Shape, "window", window)).transpose()?;
+        let (q, out) = (Lent::new("q", q)?, Lent::new("out", out)?);
+        let (q, out) = (q.tensor(QUERIES)?, out.tensor_mut(QUERIES)?);
+        let mut lse = lse.map(|lse| Lent::new("lse", lse)).transpose()?;
+        let lse = lse.as_mut().map(|lse| lse.floats_mut(&q.shape()[..2])).transpose()?;
+        let sink_logits =
+            sink_logits.map(|logits| Lent::new("sink_logits", logits)?.vector("[heads]")).transpose()?;
+        let options = AttendOptions { scale, window, softcap, sink_logits: sink_logits.as_deref(), rotated };
+        detached(py, || self.0.attend(layer, &q, &options, &out, lse))
+    }
+
+    /// Makes the step the state of its sequences.
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.finish())
+    }
+
+    /// Takes the step back.
+    fn abandon(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.abandon();
+            Ok::<_, kvarn_cpu::Error>(())
+        })
+    }
+
+    /// New tokens of all sequences.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.0.plan().tokens
+    }
+
+    /// First row of each sequence, then `tokens`: int32 `[sequences + 1]`.
+    #[getter]
+    fn first_rows(&self) -> Memory {
+        let rows = &self.0.plan().first_rows;
+        Memory::of_table(rows, &[rows.len()])
+    }
+
+    /// Page of each tile after append: int32 `[sequences, tiles]`.
+    #[getter]
+    fn block_table(&self) -> Memory {
+        let batch = self.batch();
+        Memory::of_table(&batch.block_table, &[batch.lengths.len(), batch.tiles])
+    }
+
+    /// Slot of each tile after append: int32 `[sequences, tiles]`.
+    #[getter]
+    fn slot_table(&self) -> Memory {
+        let batch = self.batch();
+        Memory::of_table(&batch.slot_table, &[batch.lengths.len(), batch.tiles])
+    }
+
+    /// Tokens of each sequence after the step: int32 `[sequences]`.
+    #[getter]
+    fn lengths(&self) -> Memory {
+        let batch = self.batch();
+        Memory::of_table(&batch.lengths, &[batch.lengths.len()])
+    }
+}
+
+impl Step {
+    fn batch(&self) -> BatchView {
+        self.0.plan().batch_after()
+    }
+}

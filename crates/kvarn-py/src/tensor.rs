@@ -1,0 +1,163 @@
+//! Callers' arrays and tensors, borrowed through DLPack for the time of a call.
+
+use kvarn_cpu::{DType, TensorMut, TensorRef};
+use kvarn_dlpack::{BorrowedTensor, ElementType, Error};
+use pyo3::prelude::*;
+
+use crate::error::Class;
+use crate::lend::{Loan, lend};
+
+/// An argument whose memory is borrowed. The Python object is kept alive, the memory as the lender promises.
+pub(crate) struct Lent<'py> {
+    name: &'static str,
+    object: Bound<'py, PyAny>,
+    loan: Loan,
+}
+
+impl<'py> Lent<'py> {
+    /// Borrows the argument `name`: by the C function table of its type where it has one, else by `__dlpack__`.
+    pub(crate) fn new(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let loan = lend(name, object)?;
+        Ok(Self { name, object: object.clone(), loan })
+    }
+
+    /// A checked view; `expected` says which element types are right.
+    fn view(&self, right: impl Fn(ElementType) -> bool, expected: &str) -> PyResult<BorrowedTensor<'_>> {
+        let view = match &self.loan {
+            // SAFETY: filled in by the producer for `object`, which `self` keeps alive.
+            Loan::Borrowed(tensor) => unsafe { BorrowedTensor::from_raw(tensor, false) },
+            Loan::Owned(tensor) => tensor.view(),
+        };
+        let wrong_type = |data_type| {
+            let text = format!(" of dtype {data_type}: expected {expected}; convert it first");
+            self.error(Class::DType, &text)
+        };
+        match view {
+            Ok(view) if right(view.element()) => Ok(view),
+            Ok(view) => Err(wrong_type(view.data_type())),
+            Err(Error::ElementType(data_type)) => Err(wrong_type(data_type)),
+            Err(error) => {
+                let class = match error {
+                    Error::Device(_) => Class::Device,
+                    Error::Dimensions(_) => Class::Shape,
+                    _ => Class::Tensor,
+                };
+                Err(self.error(class, &format!(": {error}")))
+            }
+        }
+    }
+
+    fn error(&self, class: Class, text: &str) -> PyErr {
+        class.error(self.object.py(), format!("{}{text}", self.name))
+    }
+
+    fn wrong_shape(&self, view: &BorrowedTensor<'_>, expected: &str) -> PyErr {
+        self.error(Class::Shape, &format!(" of shape {:?}: expected {expected}", view.shape()))
+    }
+
+    fn wrong_strides(&self, view: &BorrowedTensor<'_>, expected: &str) -> PyErr {
+        let (strides, name) = (view.strides(), self.name);
+        let fix = format!("pass {name}.contiguous() or numpy.ascontiguousarray({name})");
+        self.error(Class::Shape, &format!(" with strides {strides:?}: expected {expected}; {fix}"))
+    }
+
+    /// A floating-point tensor with the three `dimensions`, the last one contiguous: view, type, shape, strides.
+    fn floats(&self, dimensions: &str) -> PyResult<(BorrowedTensor<'_>, DType, [usize; 3], [isize; 3])> {
+        let view = self.view(|element| dtype(element).is_some(), "float16, bfloat16 or float32")?;
+        let (Some(dtype), &[a, b, c], &[stride_a, stride_b, stride_c]) =
+            (dtype(view.element()), view.shape(), view.strides())
+        else {
+            return Err(self.wrong_shape(&view, &format!("three dimensions, {dimensions}; reshape it")));
+        };
+        if view.is_empty() {
+            // Strides between elements that do not exist mean nothing.
+            return Ok((view, dtype, [a, b, c], [0, 0, 1]));
+        }
+        if stride_c != 1 && c > 1 {
+            return Err(self.wrong_strides(&view, "1 in the last dimension"));
+        }
+        Ok((view, dtype, [a, b, c], [stride_a, stride_b, stride_c]))
+    }
+
+    /// A floating-point tensor to read.
+    pub(crate) fn tensor(&self, dimensions: &str) -> PyResult<TensorRef<'_>> {
+        let (view, dtype, shape, strides) = self.floats(dimensions)?;
+        // SAFETY: the lender's promise, kept while `self` lives; writing meanwhile is documented as the caller's race.
+        Ok(unsafe { TensorRef::from_raw(view.data(), dtype, shape, strides) })
+    }
+
+    /// A floating-point tensor to write: contiguous, so no two elements overlap.
+    pub(crate) fn tensor_mut(&self, dimensions: &str) -> PyResult<TensorMut<'_>> {
+        let (view, dtype, shape, strides) = self.floats(dimensions)?;
+        self.check_output(&view)?;
+        // SAFETY: as in `tensor`; writable and without overlap, as checked.
+        Ok(unsafe { TensorMut::from_raw(view.data(), dtype, shape, strides) })
+    }
+
+    /// A contiguous float32 array of `shape` to write.
+    pub(crate) fn floats_mut(&mut self, shape: &[usize]) -> PyResult<&mut [f32]> {
+        let view = self.view(|element| element == ElementType::Float32, "float32")?;
+        if view.shape() != shape {
+            return Err(self.wrong_shape(&view, &format!("{shape:?}; allocate it so")));
+        }
+        self.check_output(&view)?;
+        if view.is_empty() {
+            return Ok(&mut []);
+        }
+        #[expect(clippy::cast_ptr_alignment, reason = "aligned for the element type, as the view checked")]
+        let data = view.data().cast::<f32>();
+        // SAFETY: contiguous, aligned and writable as checked; the arrays passed here are made by our own Python code
+        // for this call, so nobody else uses them.
+        Ok(unsafe { std::slice::from_raw_parts_mut(data, view.len()) })
+    }
+
+    fn check_output(&self, view: &BorrowedTensor<'_>) -> PyResult<()> {
+        if view.read_only() {
+            let text = ": read-only memory: expected a writable output; pass another array";
+            return Err(self.error(Class::Tensor, text));
+        }
+        if !view.is_contiguous() {
+            return Err(self.wrong_strides(view, "a contiguous output"));
+        }
+        Ok(())
+    }
+
+    /// The values of a one-dimensional float32 array; `dimension` says what it counts.
+    pub(crate) fn vector(&self, dimension: &str) -> PyResult<Vec<f32>> {
+        let view = self.view(|element| element == ElementType::Float32, "float32")?;
+        let (&[length], &[stride]) = (view.shape(), view.strides()) else {
+            return Err(self.wrong_shape(&view, &format!("one dimension, {dimension}; reshape it")));
+        };
+        #[expect(clippy::cast_ptr_alignment, reason = "aligned for the element type, as the view checked")]
+        let data = view.data().cast::<f32>();
+        // SAFETY: the lender's promise.
+        let value = |index| unsafe { data.offset(index * stride).read() };
+        Ok((0..length as isize).map(value).collect())
+    }
+
+    /// Bytes `[tiles, bytes]`, contiguous; `origin` says where the second extent comes from.
+    pub(crate) fn bytes(&self, bytes: usize, origin: &str) -> PyResult<&[u8]> {
+        let view = self.view(|element| element == ElementType::UInt8, "uint8")?;
+        if view.shape().len() != 2 || view.shape()[1] != bytes {
+            return Err(self.wrong_shape(&view, &format!("[tiles, {bytes}], {origin}")));
+        }
+        if !view.is_contiguous() {
+            return Err(self.wrong_strides(&view, "contiguous memory"));
+        }
+        if view.is_empty() {
+            return Ok(&[]);
+        }
+        // SAFETY: contiguous, and lent while `self` lives; writing meanwhile is documented as the caller's race.
+        Ok(unsafe { std::slice::from_raw_parts(view.data(), view.len()) })
+    }
+}
+
+/// The type of a floating-point tensor.
+const fn dtype(element: ElementType) -> Option<DType> {
+    match element {
+        ElementType::Float16 => Some(DType::Float16),
+        ElementType::BFloat16 => Some(DType::BFloat16),
+        ElementType::Float32 => Some(DType::Float32),
+        ElementType::UInt8 | ElementType::Int32 => None,
+    }
+}

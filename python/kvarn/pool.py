@@ -1,0 +1,227 @@
+"""The cache memory of one model: a pool of pages and slots, its sequences, and the steps that extend them.
+
+A **page** holds the records of one sealed tile of all KV heads, a **slot** the 16-bit K and V of one tile
+that is a sink or not sealed yet; one page id and one slot id serve all layers. A **step** is one forward pass
+of a batch.
+
+Everywhere NumPy arrays or torch tensors on the CPU come in, and the same kind goes out. Calls may come from
+several threads; arrays, and views of a pool's memory, must not be written by another thread meanwhile.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import numpy as np
+
+from kvarn import _kvarn
+from kvarn._arrays import Array, empty
+from kvarn._kvarn import Config, Memory, Sequence, Stats
+from kvarn.errors import DeviceError, DTypeError, ShapeError
+from kvarn.step import Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["LayerShape", "Pool", "Sequence", "Stats", "Step"]
+
+
+class LayerShape(NamedTuple):
+    """What one layer caches per token.
+
+    Attributes:
+        kv_heads: KV heads.
+        head_dim: Channels of a head, a multiple of 16 from 16 to 256.
+    """
+
+    kv_heads: int
+    head_dim: int
+
+
+class Pool:
+    """Pages and slots for all layers of one model, and the sequences that use them.
+
+    Memory is reserved at once and taken as it is used, so a pool may be made larger than what is used.
+
+    Attributes:
+        cfg: The configuration.
+        layers: A LayerShape for each layer.
+        dtype: Element type of the slots: "float16" or "float32".
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        layers: int | Iterable[tuple[int, int]],
+        kv_heads: int | None = None,
+        pages: int,
+        slots: int,
+        dtype: object = "float16",
+        device: object = "cpu",
+    ) -> None:
+        """Reserves the memory.
+
+        Args:
+            cfg: Bit widths, tile length, encoder, sinks, recent window; the head dim if `layers` is a number.
+            layers: Number of layers; or a LayerShape for each, where layers differ.
+            kv_heads: KV heads of each layer, if `layers` is a number.
+            pages: Sealed tiles that fit, over all sequences.
+            slots: 16-bit tiles that fit. A sequence needs up to
+                (sink_tokens > 0) + 2·ceil((recent_tokens + group + hold - 1) / group), hold being the most
+                tokens that its steps hold back.
+            dtype: Type of k, v: "float16", "bfloat16" (slots are then float16) or "float32"; torch's and
+                NumPy's types are known too.
+            device: "cpu".
+
+        Raises:
+            ShapeError: A number is out of range, or `kv_heads` does not go with `layers`.
+            ConfigError: A head dim is not supported.
+            DTypeError: An unknown type.
+            DeviceError: Another device.
+            CapacityError: The system has not as much address space.
+        """
+        if str(device) != "cpu":
+            text = f"device {str(device)!r}: expected 'cpu'; this version of kvarn has a CPU backend only"
+            raise DeviceError(text)
+        self.cfg = cfg
+        self.dtype = _slot_dtype(dtype)
+        shapes = _layer_shapes(layers, kv_heads, cfg)
+        self._pool = _kvarn.Pool(cfg, shapes, pages, slots, self.dtype == "float32")
+        self.layers = tuple(LayerShape(*shape) for shape in self._pool.layers)
+
+    def create(self) -> Sequence:
+        """A new, empty sequence."""
+        return self._pool.create()
+
+    def free(self, sequence: Sequence) -> None:
+        """Forgets a sequence and gives back its pages and slots.
+
+        Raises:
+            StateError: It was freed before, is in an open step, or belongs to another pool.
+        """
+        self._pool.free(sequence)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Keeps the first `length` tokens. Those that were held and are kept are committed by the next step.
+
+        Raises:
+            StateError: `length` lies in a sealed tile (the text names the boundary); or as in `free`.
+            ShapeError: `length` is beyond the sequence.
+        """
+        self._pool.truncate(sequence, length)
+
+    def step(
+        self, sequences: Iterable[Sequence], counts: Iterable[int], hold: int | Iterable[int] = 0
+    ) -> Step:
+        """Plans one forward pass and reserves the pages and slots that it needs: all, or nothing changes.
+
+        Args:
+            sequences: The batch, each sequence once.
+            counts: New tokens of each. 0 is allowed where tokens that were held are committed.
+            hold: Newest tokens, of those, that stay uncommitted: one number for all, or one each, at most its
+                count. What was held before is committed. Only committed tokens are sealed.
+
+        Raises:
+            CapacityError: Too few free pages or slots; the text says which sequence lacked what.
+            ShapeError: Lists or numbers that do not fit together.
+            StateError: A sequence was freed, is in another open step, or belongs to another pool.
+        """
+        sequences = list(sequences)
+        holds = [hold] * len(sequences) if isinstance(hold, int) else list(hold)
+        return Step(self._pool.step(sequences, list(counts), holds))
+
+    @overload
+    def expand(
+        self, sequence: Sequence, layer: int, rotated: bool = False, *, like: Array
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def expand(
+        self, sequence: Sequence, layer: int, rotated: bool = False, *, like: None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+    def expand(
+        self, sequence: Sequence, layer: int, rotated: bool = False, *, like: Any = None
+    ) -> tuple[Any, Any]:
+        """Decodes a sequence in one layer, without the tokens of an open step.
+
+        Args:
+            sequence: The sequence.
+            layer: The layer.
+            rotated: Leave the result in the rotated (Hadamard) frame.
+            like: An array whose kind and type the result takes. None: NumPy, in the type of the slots.
+
+        Returns:
+            K and V, [length, kv_heads, head_dim].
+
+        Raises:
+            StateError: The sequence was freed, or belongs to another pool.
+            ShapeError: No such layer.
+        """
+        if like is None:
+            like = np.empty(0, self.dtype)
+        length = sequence.length
+        # A layer that does not exist is refused below, by the call that knows the range.
+        shape = self.layers[layer] if 0 <= layer < len(self.layers) else LayerShape(0, 0)
+        k, v = (empty((length, *shape), like) for _ in range(2))
+        self._pool.expand(sequence, layer, k, v, rotated)
+        return k, v
+
+    def stats(self) -> Stats:
+        """How full the pool is, and what its encoders met."""
+        return self._pool.stats()
+
+    @cached_property
+    def pages(self) -> tuple[Memory, ...]:
+        """The pages of each layer, uint8 [pages, kv_heads, record_bytes].
+
+        Views by ``numpy.from_dlpack`` or ``torch.from_dlpack`` share the memory and keep it alive. Writing
+        through them changes what is cached.
+        """
+        return tuple(self._pool.pages(layer) for layer in range(len(self.layers)))
+
+    @cached_property
+    def slots(self) -> tuple[Memory, ...]:
+        """The slots of each layer, [slots, kv_heads, 2, group, head_dim] of `dtype`, K before V, rotated.
+
+        Shared as `pages` are.
+        """
+        return tuple(self._pool.slots(layer) for layer in range(len(self.layers)))
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"<kvarn.Pool {self.cfg.name}, {len(self.layers)} layers, {self.dtype}, "
+            f"{stats.pages_used} of {stats.pages} pages, {stats.slots_used} of {stats.slots} slots, "
+            f"{stats.sequences} sequences>"
+        )
+
+
+def _slot_dtype(dtype: object) -> Literal["float16", "float32"]:
+    name = dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
+    if name in ("float16", "bfloat16"):
+        return "float16"
+    if name == "float32":
+        return "float32"
+    raise DTypeError(f"dtype {name}: expected float16, bfloat16 or float32; choose the type of k and v")
+
+
+def _layer_shapes(
+    layers: int | Iterable[tuple[int, int]], kv_heads: int | None, cfg: Config
+) -> list[tuple[int, int]]:
+    if isinstance(layers, Iterable):
+        if kv_heads is not None:
+            text = (
+                f"kv_heads {kv_heads} beside a list of layers: expected one or the other; leave kv_heads out"
+            )
+            raise ShapeError(text)
+        return [(shape[0], shape[1]) for shape in layers]
+    if kv_heads is None:
+        raise ShapeError(
+            f"kv_heads None with {layers} layers: expected the KV heads of a layer; pass kv_heads="
+        )
+    return [(kv_heads, cfg.head_dim)] * operator.index(layers)

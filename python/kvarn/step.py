@@ -1,0 +1,180 @@
+"""A step: one forward pass of a batch over every layer of a pool."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from kvarn import _kvarn
+from kvarn._arrays import Array, empty, empty_like
+from kvarn._kvarn import Memory
+from kvarn.codec import EncodeCounts
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    AnyArray = NDArray[Any] | torch.Tensor
+
+__all__ = ["Step"]
+
+
+class Step:
+    """One forward pass of a batch, made by `Pool.step`.
+
+    In each layer: `append`, and `attend` before it (what was stored before the step) or after it (all). Then
+    `finish`. As a context manager it finishes when the block ends, and is abandoned if the block raises.
+    A step that is dropped unfinished is abandoned: the pool is as it was.
+    """
+
+    __slots__ = ("_open", "_step")
+
+    def __init__(self, step: _kvarn.Step) -> None:
+        self._step = step
+        self._open = True
+
+    def append(
+        self, layer: int, k: AnyArray, v: AnyArray, rotated: bool = False, check: bool = False
+    ) -> EncodeCounts:
+        """Stores keys and values of one layer and seals the tiles that this step seals. Once per layer.
+
+        Args:
+            layer: The layer.
+            k: Keys after RoPE, [sum(counts), kv_heads, head_dim] in the type of the pool, any strides of the
+                first two dimensions; the rows of each sequence in batch order.
+            v: Values, of the same shape and type.
+            rotated: The input is in the rotated (Hadamard) frame already.
+            check: Refuse NaN and infinities. Otherwise they are stored as 0 and counted.
+
+        Returns:
+            How many elements were not finite, and how many values saturated.
+
+        Raises:
+            ShapeError: A shape or stride does not fit, or no such layer.
+            DTypeError: A type other than the pool's.
+            NonFiniteError: With `check`, names tensor, layer, token and head.
+            StateError: The step is finished or abandoned, or the layer was appended to.
+        """
+        return EncodeCounts(*self._step.append(layer, k, v, rotated, check))
+
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logits: AnyArray | None = None,
+        return_lse: Literal[False] = False,
+        rotated: bool = False,
+    ) -> Array: ...
+
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logits: AnyArray | None = None,
+        *,
+        return_lse: Literal[True],
+        rotated: bool = False,
+    ) -> tuple[Array, Array]: ...
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logits: AnyArray | None = None,
+        return_lse: bool = False,
+        rotated: bool = False,
+    ) -> Array | tuple[Array, Array]:
+        """Attention of the step's queries over what is stored, causal by position.
+
+        Args:
+            layer: The layer.
+            q: Queries after RoPE, [sum(counts), heads, head_dim], heads a multiple of the layer's KV heads:
+                float16, bfloat16 or float32.
+            scale: Factor of the logits. None: 1/sqrt(head_dim).
+            window: The query at position i sees key j if i - j < window, sinks too. None: all.
+            softcap: Logits become softcap·tanh(logit/softcap). None: they do not.
+            sink_logits: float32 [heads]: a logit per query head, part of the softmax, without a value.
+            return_lse: Return ``(out, lse)``.
+            rotated: `q` is in the rotated (Hadamard) frame, and the output stays so.
+
+        Returns:
+            The output, of the shape and type of `q`; with `return_lse` also the natural logarithm of each
+            softmax denominator, sink logits included, float32 [sum(counts), heads]. A query that sees no key
+            gets zeros.
+
+        Raises:
+            ShapeError: A shape or a number does not fit, or no such layer.
+            DTypeError: A type is not supported.
+            StateError: The step is finished or abandoned.
+        """
+        out = empty_like(q)
+        lse = empty(tuple(q.shape)[:2], q, float32=True) if return_lse else None
+        self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
+        return out if lse is None else (out, lse)
+
+    def finish(self) -> None:
+        """Makes the step the state of its sequences: lengths move, slots of sealed tiles are given back.
+
+        Raises:
+            StateError: A layer was not appended to (the step stays open), or the step is closed already.
+        """
+        self._step.finish()
+        self._open = False
+
+    def abandon(self) -> None:
+        """Takes the step back: the pool is as it was. Does nothing to a closed step."""
+        self._step.abandon()
+        self._open = False
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all sequences: rows of k, v and q."""
+        return self._step.tokens
+
+    @property
+    def first_rows(self) -> Memory:
+        """First row of each sequence, then `tokens`: int32 [sequences + 1], read-only."""
+        return self._step.first_rows
+
+    @property
+    def block_table(self) -> Memory:
+        """Page of each tile after append, -1 where there is none: int32 [sequences, tiles], read-only."""
+        return self._step.block_table
+
+    @property
+    def slot_table(self) -> Memory:
+        """Slot of each tile after append, -1 where there is none: int32 [sequences, tiles], read-only."""
+        return self._step.slot_table
+
+    @property
+    def lengths(self) -> Memory:
+        """Tokens of each sequence after the step: int32 [sequences], read-only."""
+        return self._step.lengths
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._open:
+            return
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.abandon()
