@@ -30,6 +30,7 @@ fn main() -> ExitCode {
 fn build() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is unset: expected cargo to set it")?);
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let root = root.canonicalize().map_err(|reason| format!("{}: {reason}", root.display()))?;
     let sources = root.join("cuda");
     println!("cargo::rerun-if-changed=build");
     for name in WATCHED {

@@ -171,6 +171,16 @@ fn a_variable_that_points_nowhere_is_an_error() {
 }
 
 #[test]
+fn the_wheels_are_those_of_the_python_package() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../pyproject.toml");
+    let text = fs::read_to_string(path).unwrap();
+    for (name, version, _) in WHEELS {
+        // For an isolated build, and in the group for a build in place.
+        assert_eq!(text.matches(&format!("    \"{name}=={version}\",\n")).count(), 2, "{name}");
+    }
+}
+
+#[test]
 fn an_old_compiler_is_refused() {
     let mut machine =
         Machine { version: Some("Cuda compilation tools, release 12.9, V12.9.86"), ..Machine::default() };
