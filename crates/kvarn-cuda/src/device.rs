@@ -117,17 +117,26 @@ impl Device {
         self.limits
     }
 
-    /// A kernel by its name in the image.
-    pub fn kernel(&'static self, name: &str) -> Result<Kernel, Error> {
-        let entry = self.kernels.get(name);
-        entry
-            .map(|entry| Kernel { device: self, entry })
-            .ok_or_else(|| Error::UnknownKernel { name: name.into(), count: self.kernels.len() })
+    /// A kernel by its name in the image, which takes parameters of `parameter_bytes` bytes each.
+    pub fn kernel(&'static self, name: &str, parameter_bytes: &[usize]) -> Result<Kernel, Error> {
+        let entry = self
+            .kernels
+            .get(name)
+            .ok_or_else(|| Error::UnknownKernel { name: name.into(), count: self.kernels.len() })?;
+        let kernel = Kernel { device: self, entry };
+        if kernel.parameter_bytes() != parameter_bytes {
+            return Err(Error::Parameters {
+                kernel: entry.name,
+                takes: kernel.parameter_bytes(),
+                got: parameter_bytes.to_vec(),
+            });
+        }
+        Ok(kernel)
     }
 
-    /// Names of all kernels.
-    pub fn kernel_names(&self) -> impl ExactSizeIterator<Item = &'static str> + '_ {
-        self.kernels.keys().copied()
+    /// All kernels, by name.
+    pub fn kernels(&'static self) -> impl ExactSizeIterator<Item = Kernel> {
+        self.kernels.values().map(|entry| Kernel { device: self, entry })
     }
 
     /// Free and all bytes of device memory, at the moment.

@@ -96,6 +96,19 @@ pub enum Error {
         /// Kernels loaded.
         count: usize,
     },
+    /// A kernel whose parameters are not those of the Rust code.
+    #[error(
+        "parameters of {got:?} bytes for kernel {kernel}: expected {takes:?}, as in its image; build the kernels and the \
+         Rust code from the same sources"
+    )]
+    Parameters {
+        /// The kernel.
+        kernel: &'static str,
+        /// Bytes of each parameter that it takes.
+        takes: &'static [usize],
+        /// Bytes of each that it would be given.
+        got: Vec<usize>,
+    },
     /// A launch that the device cannot carry out.
     #[error("{what} {got} of kernel {kernel}: expected {expected}; choose a smaller configuration")]
     Launch {
@@ -145,7 +158,8 @@ impl Error {
             | Self::AlreadyLost { .. }
             | Self::Forked
             | Self::Capturing { .. }
-            | Self::UnknownKernel { .. } => ErrorKind::Cuda,
+            | Self::UnknownKernel { .. }
+            | Self::Parameters { .. } => ErrorKind::Cuda,
             Self::OutOfMemory { .. } | Self::TooLarge { .. } => ErrorKind::Capacity,
             Self::Launch { .. } | Self::Borrowed { .. } => ErrorKind::Value,
         }

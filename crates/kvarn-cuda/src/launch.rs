@@ -20,7 +20,7 @@ pub struct Kernel {
 pub(crate) struct Entry {
     pub name: &'static str,
     raw: CUkernel,
-    parameters: usize,
+    parameters: Vec<usize>,
     threads: u32,
     registers: u32,
     local_bytes: u32,
@@ -72,18 +72,17 @@ impl Entry {
     }
 }
 
-/// Bytes of parameters that CUDA allows, and so more than it can have.
-const MOST_PARAMETERS: usize = 32764;
-
-/// Parameters of a kernel: the driver refuses the index after the last.
-fn parameters(kernel: CUkernel) -> usize {
+/// Bytes of each parameter of a kernel: the driver refuses the index after the last.
+fn parameters(kernel: CUkernel) -> Vec<usize> {
     let (mut offset, mut size) = (0, 0);
+    let mut sizes = Vec::new();
     // SAFETY: a loaded kernel; both are writable.
-    let mut exists = |index| unsafe {
-        sys::cuKernelGetParamInfo(kernel, index, &raw mut offset, &raw mut size)
-            == sys::CUresult::CUDA_SUCCESS
-    };
-    (0..MOST_PARAMETERS).take_while(|&index| exists(index)).count()
+    while unsafe { sys::cuKernelGetParamInfo(kernel, sizes.len(), &raw mut offset, &raw mut size) }
+        == sys::CUresult::CUDA_SUCCESS
+    {
+        sizes.push(size);
+    }
+    sizes
 }
 
 impl Kernel {
@@ -95,6 +94,16 @@ impl Kernel {
     /// Device it is launched on.
     pub const fn device(&self) -> &'static Device {
         self.device
+    }
+
+    /// Bytes of each parameter.
+    pub fn parameter_bytes(&self) -> &'static [usize] {
+        &self.entry.parameters
+    }
+
+    /// Most threads of a block, as the kernel's launch bounds say.
+    pub const fn threads(&self) -> u32 {
+        self.entry.threads
     }
 
     /// Registers of a thread.
@@ -135,7 +144,7 @@ impl Kernel {
     }
 
     fn fits(&self, block: [u32; 3], shared: u32, parameters: usize) -> Result<(), Error> {
-        let Entry { name: kernel, threads, shared: most, parameters: takes, .. } = *self.entry;
+        let Entry { name: kernel, threads, shared: most, parameters: ref takes, .. } = *self.entry;
         let refuse = |what, got: String, expected: String| Err(Error::Launch { what, got, kernel, expected });
         if block.iter().product::<u32>() > threads {
             return refuse("block", format!("{block:?}"), format!("at most {threads} threads"));
@@ -143,8 +152,8 @@ impl Kernel {
         if shared > most {
             return refuse("shared memory", format!("{shared} bytes"), format!("at most {most} bytes"));
         }
-        if parameters != takes {
-            return refuse("parameters", parameters.to_string(), format!("{takes}"));
+        if parameters != takes.len() {
+            return refuse("parameters", parameters.to_string(), takes.len().to_string());
         }
         Ok(())
     }

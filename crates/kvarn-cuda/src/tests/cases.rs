@@ -259,7 +259,7 @@ fn step_buffers_fail() {
 }
 
 fn fill(shared: u32, threads: u32, parameters: &mut [*mut c_void]) -> Result<(), Error> {
-    let kernel = device().kernel("kvarn_test_fill").unwrap();
+    let kernel = device().kernel("kvarn_test_fill", &[8, 4, 4]).unwrap();
     // SAFETY: the double runs nothing.
     unsafe { launch(&kernel, [2, 1, 1], [threads, 1, 1], shared, STREAM, parameters) }
 }
@@ -268,10 +268,17 @@ fn fill(shared: u32, threads: u32, parameters: &mut [*mut c_void]) -> Result<(),
 #[ignore = "needs the double"]
 fn launches() {
     let device = device();
-    assert_eq!(device.kernel_names().collect::<Vec<_>>(), ["kvarn_test_fill"]);
-    let unknown = device.kernel("kvarn_attend").unwrap_err();
+    assert_eq!(device.kernels().map(|kernel| kernel.name()).collect::<Vec<_>>(), ["kvarn_test_fill"]);
+    let unknown = device.kernel("kvarn_attend", &[]).unwrap_err();
     assert!(unknown.to_string().starts_with("kernel \"kvarn_attend\": expected one of the 1"), "{unknown}");
-    let kernel = device.kernel("kvarn_test_fill").unwrap();
+    let other = device.kernel("kvarn_test_fill", &[8, 8]).unwrap_err();
+    assert!(
+        other
+            .to_string()
+            .starts_with("parameters of [8, 8] bytes for kernel kvarn_test_fill: expected [8, 4, 4]"),
+        "{other}"
+    );
+    let kernel = device.kernel("kvarn_test_fill", &[8, 4, 4]).unwrap();
     assert_eq!((kernel.registers(), kernel.dynamic_shared()), (32, 226 << 10));
 
     let mut three = [std::ptr::null_mut(); 3];

@@ -44,22 +44,45 @@ fn read(address: u64, count: usize) -> Vec<i32> {
 }
 
 fn fill(stream: Stream, mut address: u64, mut value: i32, mut count: u32) -> Result<(), Error> {
-    let kernel = device().kernel("kvarn_test_fill")?;
+    let kernel = device().kernel("kvarn_test_fill", &[8, 4, 4])?;
     let mut parameters: [*mut c_void; 3] =
         [(&raw mut address).cast(), (&raw mut value).cast(), (&raw mut count).cast()];
     // SAFETY: the kernel's parameters; the caller gives memory for `count` words.
     unsafe { launch(&kernel, [count.div_ceil(128), 1, 1], [128, 1, 1], 0, stream, &mut parameters) }
 }
 
+/// Runs `work` in a process of its own: the other tests load other images, or would find the device lost.
+fn alone(name: &str, work: impl FnOnce()) {
+    if env::var_os("ALONE").is_some() {
+        return work();
+    }
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", &format!("tests::on_device::{name}"), "--ignored", "--nocapture"])
+        .env("ALONE", "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    println!("{text}");
+    assert!(output.status.success() && text.contains("1 passed"));
+}
+
 #[test]
 #[ignore = "needs a CUDA device"]
 fn embedded_images_load() {
-    let device = Device::open(0).unwrap();
-    assert!(device.kernel_names().len() > 0);
-    for name in device.kernel_names() {
-        let kernel = device.kernel(name).unwrap();
-        println!("{name}: {} registers, {} bytes local", kernel.registers(), kernel.local_bytes());
-    }
+    alone("embedded_images_load", || {
+        let device = Device::open(0).unwrap();
+        assert!(device.kernels().len() > 0);
+        for kernel in device.kernels() {
+            println!(
+                "{}: {} registers, {} bytes local, {} threads, parameters {:?}",
+                kernel.name(),
+                kernel.registers(),
+                kernel.local_bytes(),
+                kernel.threads(),
+                kernel.parameter_bytes()
+            );
+        }
+    });
 }
 
 #[test]
@@ -180,31 +203,23 @@ fn a_captured_launch_runs_at_each_replay() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn a_wild_kernel_is_told_once() {
-    // In a process of its own: the context does not survive.
-    if env::var_os("WILD").is_none() {
-        let name = "tests::on_device::a_wild_kernel_is_told_once";
-        let output = Command::new(env::current_exe().unwrap())
-            .args(["--exact", name, "--ignored", "--nocapture"])
-            .env("WILD", "1")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-        println!("{text}");
-        assert!(output.status.success(), "{text}");
-        return;
-    }
-    let device = device();
-    let memory = DeviceMemory::allocate(device, MIB, "slots").unwrap();
-    let kernel = device.kernel("kvarn_test_wild").unwrap();
-    let mut address = 64u64;
-    let stream = stream();
-    // SAFETY: none, that is the point.
-    unsafe { launch(&kernel, [1; 3], [1; 3], 0, stream, &mut [(&raw mut address).cast()]) }.unwrap();
-    assert_ne!(synchronize(stream), CUresult::CUDA_SUCCESS);
-    let error = fill(stream, memory.address(), 1, 1).unwrap_err();
-    println!("{error}");
-    assert!(matches!(&error, Error::Lost { suspect, .. } if suspect.contains("kvarn_test_")), "{error:?}");
-    let error = fill(stream, memory.address(), 1, 1).unwrap_err();
-    assert!(matches!(error, Error::AlreadyLost { .. }), "{error:?}");
-    drop(memory);
+    alone("a_wild_kernel_is_told_once", || {
+        let device = device();
+        let memory = DeviceMemory::allocate(device, MIB, "slots").unwrap();
+        let kernel = device.kernel("kvarn_test_wild", &[8]).unwrap();
+        let mut address = 64u64;
+        let stream = stream();
+        // SAFETY: none, that is the point.
+        unsafe { launch(&kernel, [1; 3], [1; 3], 0, stream, &mut [(&raw mut address).cast()]) }.unwrap();
+        assert_ne!(synchronize(stream), CUresult::CUDA_SUCCESS);
+        let error = fill(stream, memory.address(), 1, 1).unwrap_err();
+        println!("{error}");
+        assert!(
+            matches!(&error, Error::Lost { suspect, .. } if suspect.contains("kvarn_test_")),
+            "{error:?}"
+        );
+        let error = fill(stream, memory.address(), 1, 1).unwrap_err();
+        assert!(matches!(error, Error::AlreadyLost { .. }), "{error:?}");
+        drop(memory);
+    });
 }

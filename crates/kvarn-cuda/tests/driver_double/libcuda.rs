@@ -270,7 +270,8 @@ api! {
     }
     cuKernelSetAttribute(_attribute: i32, _value: i32, _kernel: u64, _device: i32) { 0 }
     cuKernelGetFunction(function: *mut u64, kernel: u64) { *function = kernel; 0 }
-    cuKernelGetParamInfo(_kernel: u64, index: usize, _offset: *mut usize, _size: *mut usize) {
+    cuKernelGetParamInfo(_kernel: u64, index: usize, _offset: *mut usize, size: *mut usize) {
+        *size = [8, 4, 4].get(index).copied().unwrap_or_default();
         if index < 3 { 0 } else { INVALID }
     }
     cuFuncLoad(_function: u64) { 0 }
