@@ -136,7 +136,7 @@ impl Device {
 
     /// All kernels, by name.
     pub fn kernels(&'static self) -> impl ExactSizeIterator<Item = Kernel> {
-        self.kernels.values().map(|entry| Kernel { device: self, entry })
+        self.kernels.values().map(move |entry| Kernel { device: self, entry })
     }
 
     /// Free and all bytes of device memory, at the moment.
