@@ -1,0 +1,34 @@
+//! The CUDA side of kvarn: the driver, the images of the kernels, launches, and device memory of a pool.
+//!
+//! Nothing here links a CUDA library: the driver is looked for when a device is first asked for, and a machine without
+//! one gets an [`Error::Unavailable`] that says what is missing. Launches go to the caller's stream and neither
+//! allocate, nor synchronise, nor load.
+
+mod capture;
+mod context;
+mod device;
+mod driver;
+mod error;
+mod fork;
+mod image;
+mod launch;
+mod loss;
+mod memory;
+mod probe;
+mod staging;
+mod stream;
+mod upload;
+mod version;
+
+#[cfg(test)]
+mod tests;
+
+pub use device::{Device, Limits, warmup};
+pub use error::{Error, ErrorKind};
+pub use image::{Architecture, Images};
+pub use launch::{Kernel, launch};
+pub use memory::{DeviceMemory, MemoryView};
+pub use probe::{Capability, Driver, Unavailable, probe};
+pub use stream::Stream;
+pub use upload::{StepBuffer, StepBuffers, Words};
+pub use version::Version;
