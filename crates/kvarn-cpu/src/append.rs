@@ -3,12 +3,13 @@
 use std::cell::RefCell;
 
 use kvarn::codec::{EncodeCounts, Rotation, SlotType, TileEncoder, finite, round_to_slot};
+use kvarn::pool::Layer;
 use kvarn::tables::{SealSource, SequencePlan};
 use kvarn::{Config, Saturation};
 
 use crate::TensorRef;
-use crate::dtype::slot_dtype;
-use crate::pool::{Layer, Pool};
+use crate::dtype::{load, slot_dtype, store};
+use crate::pool::Pool;
 
 /// What is done to a row before it is stored: non-finite elements become 0, then it is rotated and rounded to the slot
 /// type.
@@ -35,27 +36,27 @@ pub(crate) fn append_head(
 ) -> EncodeCounts {
     let head_dim = layer.shape.head_dim;
     let mut counts = EncodeCounts::default();
-    let mut tile = Tile::new(pool.config.group(), head_dim);
+    let mut tile = Tile::new(pool.layout().config.group(), head_dim);
     let rotation = (!rotated).then_some(&layer.rotation);
-    let load = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
+    let read = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
         let mut counts = EncodeCounts::default();
         for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
             for index in 0..count {
                 let out = &mut out[(offset + index) * head_dim..][..head_dim];
                 tensor.load_row(row + index, head, out);
-                counts += store_precision(out, rotation, pool.slot_type);
+                counts += store_precision(out, rotation, pool.layout().slot_type);
             }
         }
         counts
     };
     for write in &plan.writes {
-        counts += load(&mut tile, write.offset, write.row, write.count);
+        counts += read(&mut tile, write.offset, write.row, write.count);
         tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
     }
     for seal in &plan.seals {
         match seal.source {
             SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
-            SealSource::Rows(row) => counts += load(&mut tile, 0, row, pool.config.group()),
+            SealSource::Rows(row) => counts += read(&mut tile, 0, row, pool.layout().config.group()),
         }
         let bytes = layer.layout.record_bytes;
         // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
@@ -84,20 +85,20 @@ impl Tile {
         head: usize,
         (slot, offset, count): (usize, usize, usize),
     ) {
-        let (head_dim, dtype) = (layer.shape.head_dim, slot_dtype(pool.slot_type));
+        let (head_dim, dtype) = (layer.shape.head_dim, slot_dtype(pool.layout().slot_type));
         let range = offset * head_dim..(offset + count) * head_dim;
         for (side, values) in [&self.k, &self.v].into_iter().enumerate() {
             let base = pool.slot(layer, slot, head, side);
             // SAFETY: the range lies within the slot's matrix (the slice above has its shape). These positions hold no
             // stored token, and this call is the only one of the step that writes them.
-            unsafe { dtype.store(&values[range.clone()], base.add(range.start * dtype.bytes())) };
+            unsafe { store(dtype, &values[range.clone()], base.add(range.start * dtype.bytes())) };
         }
     }
 
     fn read_slot(&mut self, pool: &Pool, layer: &Layer, head: usize, slot: usize) {
         for (side, values) in [&mut self.k, &mut self.v].into_iter().enumerate() {
             // SAFETY: the slot's matrix has as many elements as the tile; nobody writes it but this call.
-            unsafe { slot_dtype(pool.slot_type).load(pool.slot(layer, slot, head, side), values) };
+            unsafe { load(slot_dtype(pool.layout().slot_type), pool.slot(layer, slot, head, side), values) };
         }
     }
 }

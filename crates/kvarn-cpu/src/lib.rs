@@ -16,12 +16,10 @@ mod tensor;
 mod threads;
 mod tiles;
 
-pub use attend::AttendOptions;
-pub use dtype::DType;
 pub use error::Error;
 pub use features::cpu_features;
 pub use memory::{HostMemory, MemoryView};
-pub use pool::{LayerShape, Pool, Stats};
+pub use pool::Pool;
 pub use step::Step;
 pub use tensor::{TensorMut, TensorRef};
 pub use threads::threads;

@@ -1,12 +1,13 @@
 //! Reading stored tokens: records and slots to float32, in the rotated frame.
 
 use kvarn::codec::{DecodeScratch, decode_matrix};
+use kvarn::pool::Layer;
 use kvarn::tables::{Place, Span};
 
 use crate::TensorMut;
-use crate::dtype::slot_dtype;
+use crate::dtype::{load, slot_dtype};
 use crate::features::dispatch;
-use crate::pool::{Layer, Pool};
+use crate::pool::Pool;
 
 /// One tile of one KV head in float32, the way matrix products want it.
 #[derive(Debug, Default)]
@@ -28,7 +29,7 @@ pub(crate) enum Want {
 impl TileBuffer {
     /// Reads the spans of one tile. Positions outside the spans are 0.
     pub(crate) fn read(&mut self, pool: &Pool, layer: &Layer, head: usize, spans: &[Span], want: Want) {
-        let (group, head_dim) = (pool.config.group(), layer.shape.head_dim);
+        let (group, head_dim) = (pool.layout().config.group(), layer.shape.head_dim);
         let covered: usize = spans.iter().map(|span| span.count).sum();
         self.values.resize(group * head_dim, 0.0);
         if covered < group {
@@ -64,14 +65,14 @@ impl TileBuffer {
         (slot, offset, count): (usize, usize, usize),
         want: Want,
     ) {
-        let (group, head_dim) = (pool.config.group(), layer.shape.head_dim);
-        let dtype = slot_dtype(pool.slot_type);
+        let (group, head_dim) = (pool.layout().config.group(), layer.shape.head_dim);
+        let dtype = slot_dtype(pool.layout().slot_type);
         let base = pool.slot(layer, slot, head, usize::from(want == Want::Values));
         self.row.resize(head_dim, 0.0);
         for token in offset..offset + count {
             // SAFETY: token < group, so the row lies within the slot's matrix; stored tokens are not written again while
             // the sequence is read.
-            unsafe { dtype.load(base.add(token * head_dim * dtype.bytes()), &mut self.row) };
+            unsafe { load(dtype, base.add(token * head_dim * dtype.bytes()), &mut self.row) };
             match want {
                 Want::Values => self.values[token * head_dim..][..head_dim].copy_from_slice(&self.row),
                 Want::Keys => {
@@ -114,7 +115,7 @@ pub(crate) fn expand_head(
     k: &TensorMut<'_>,
     v: &TensorMut<'_>,
 ) {
-    let (group, head_dim) = (pool.config.group(), layer.shape.head_dim);
+    let (group, head_dim) = (pool.layout().config.group(), layer.shape.head_dim);
     let mut buffer = TileBuffer::default();
     let mut row = vec![0.0; head_dim];
     for tile in spans.chunk_by(|a, b| a.position / group == b.position / group) {

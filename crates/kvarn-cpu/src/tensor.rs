@@ -2,7 +2,10 @@
 
 use std::marker::PhantomData;
 
-use crate::DType;
+use kvarn::DType;
+use kvarn::pool::TensorShape;
+
+use crate::dtype::{load, store};
 
 /// A tensor to read: `[tokens, heads, head_dim]`, or `[tiles, group, head_dim]`.
 #[derive(Clone, Copy, Debug)]
@@ -56,12 +59,17 @@ impl TensorRef<'_> {
         self.shape
     }
 
+    /// Shape and type, for the checks that all backends share.
+    pub(crate) const fn description(&self) -> TensorShape {
+        TensorShape { shape: self.shape, dtype: self.dtype }
+    }
+
     /// Reads row `[i, j, :]`.
     pub(crate) fn load_row(&self, i: usize, j: usize, out: &mut [f32]) {
         assert!(i < self.shape[0] && j < self.shape[1] && out.len() == self.shape[2]);
         let offset = i as isize * self.strides[0] + j as isize * self.strides[1];
         // SAFETY: the row lies within the tensor, which `from_raw`'s caller vouched for.
-        unsafe { self.dtype.load(self.data.offset(offset * self.dtype.bytes() as isize), out) }
+        unsafe { load(self.dtype, self.data.offset(offset * self.dtype.bytes() as isize), out) }
     }
 }
 
@@ -97,6 +105,6 @@ impl TensorMut<'_> {
         assert!(i < self.shape[0] && j < self.shape[1] && values.len() == self.shape[2]);
         let offset = i as isize * self.strides[0] + j as isize * self.strides[1];
         // SAFETY: the row lies within the tensor, which `from_raw`'s caller vouched for.
-        unsafe { self.dtype.store(values, self.data.offset(offset * self.dtype.bytes() as isize)) }
+        unsafe { store(self.dtype, values, self.data.offset(offset * self.dtype.bytes() as isize)) }
     }
 }

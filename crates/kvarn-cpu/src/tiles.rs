@@ -2,10 +2,10 @@
 
 use kvarn::Config;
 use kvarn::codec::{DecodeScratch, EncodeCounts, Rotation, TileEncoder, decode_matrix};
+use kvarn::pool::PoolError;
 use rayon::prelude::*;
 
 use crate::append::store_precision;
-use crate::error::shape;
 use crate::threads::install;
 use crate::{Error, TensorRef};
 
@@ -25,17 +25,20 @@ pub fn encode_tiles(
     for (what, tensor) in [("k", &k), ("v", &v)] {
         if tensor.shape() != [tiles, group, head_dim] {
             let expected = format!("[{tiles}, {group}, {head_dim}] (tiles, group, head_dim)");
-            return Err(shape(what, &tensor.shape(), expected, "pass whole tiles of this configuration"));
+            let fix = "pass whole tiles of this configuration";
+            return Err(PoolError::shape(what, &tensor.shape(), expected, fix).into());
         }
     }
     if v.dtype() != k.dtype() {
         let (expected, fix) = (k.dtype().name(), "cast v to the type of k");
-        return Err(Error::DType { what: "v", got: v.dtype(), expected, fix });
+        return Err(PoolError::DType { what: "v", got: v.dtype(), expected, fix }.into());
     }
     let record_bytes = config.layout().record_bytes;
     if records.len() != tiles * record_bytes {
         let expected = format!("[{tiles}, {record_bytes}] bytes");
-        return Err(shape("records", &[records.len()], expected, "allocate tiles × record_bytes"));
+        return Err(
+            PoolError::shape("records", &[records.len()], expected, "allocate tiles × record_bytes").into()
+        );
     }
     let rotation = (!rotated).then(|| Rotation::new(head_dim));
     let encode = |workspace: &mut (TileEncoder, Vec<f32>, Vec<f32>), (tile, record): (usize, &mut [u8])| {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use common::{Rows, attend_f64};
 use kvarn::codec::SlotType;
+use kvarn::pool::{AttendOptions, LayerShape};
 use kvarn::tables::SequenceId;
 use kvarn::{Config, ConfigOptions};
-use kvarn_cpu::{AttendOptions, LayerShape, Pool, encode_tiles};
+use kvarn_cpu::{Pool, encode_tiles};
 
 fn config(name: &str, head_dim: usize, sink_tokens: usize, recent_tokens: usize) -> Config {
     let options = ConfigOptions::from_name(name, head_dim).unwrap();
@@ -21,24 +22,30 @@ fn pool(config: Config, kv_heads: usize) -> Arc<Pool> {
 }
 
 fn expand(pool: &Pool, id: SequenceId) -> (Rows, Rows) {
-    let shape =
-        [pool.view(id).unwrap().length, pool.layers().next().unwrap().kv_heads, pool.config().head_dim()];
+    let shape = [
+        pool.core().view(id).unwrap().length,
+        pool.core().layout().layers[0].shape.kv_heads,
+        pool.core().layout().config.head_dim(),
+    ];
     let (mut k, mut v) = (Rows::zeros(shape), Rows::zeros(shape));
     pool.expand(id, 0, false, &k.tensor_mut(), &v.tensor_mut()).unwrap();
     (k, v)
 }
 
 /// One step of every sequence, checked: returns the outputs.
+#[allow(clippy::too_many_arguments)]
 fn checked_step(
     pool: &Arc<Pool>,
     ids: &[SequenceId],
     counts: &[usize],
     hold: &[usize],
     group: usize,
-    options: &AttendOptions<'_>,
+    options: &AttendOptions,
+    sink_logits: Option<&[f32]>,
     seed: u64,
 ) -> Rows {
-    let (kv_heads, head_dim) = (pool.layers().next().unwrap().kv_heads, pool.config().head_dim());
+    let (kv_heads, head_dim) =
+        (pool.core().layout().layers[0].shape.kv_heads, pool.core().layout().config.head_dim());
     let rows = counts.iter().sum();
     let heads = kv_heads * group;
     let (k, v) =
@@ -46,14 +53,15 @@ fn checked_step(
     let q = Rows::random([rows, heads, head_dim], seed + 2);
     let step = pool.step(ids, counts, hold).unwrap();
     let mut before = Rows::zeros(q.shape);
-    step.attend(0, &q.tensor(), options, &before.tensor_mut(), None).unwrap();
+    step.attend(0, &q.tensor(), options, sink_logits, &before.tensor_mut(), None).unwrap();
     let stored_before: Vec<_> = ids.iter().map(|&id| expand(pool, id)).collect();
     step.append(0, &k.tensor(), &v.tensor(), false).unwrap();
     let mut out = Rows::zeros(q.shape);
     let mut lse = vec![f32::NAN; rows * heads];
-    step.attend(0, &q.tensor(), options, &out.tensor_mut(), Some(&mut lse)).unwrap();
-    let starts: Vec<_> = step.plan().sequences.iter().map(kvarn::tables::SequencePlan::start).collect();
-    step.finish().unwrap();
+    step.attend(0, &q.tensor(), options, sink_logits, &out.tensor_mut(), Some(&mut lse)).unwrap();
+    let starts: Vec<_> =
+        step.open().plan().sequences.iter().map(kvarn::tables::SequencePlan::start).collect();
+    step.open().finish().unwrap();
 
     let scale = options.scale.map_or(1.0 / (head_dim as f64).sqrt(), f64::from);
     let mut row = 0;
@@ -70,7 +78,7 @@ fn checked_step(
                     let first = (position + 1).saturating_sub(options.window.unwrap_or(usize::MAX));
                     let seen = first.min(k.shape[0])..(position + 1).min(k.shape[0]);
                     let seen = seen.map(|key| (k.row(key, head / group), v.row(key, head / group)));
-                    let sink = options.sink_logits.map(|sinks| sinks[head]);
+                    let sink = sink_logits.map(|sinks| sinks[head]);
                     let (expected, expected_lse) =
                         attend_f64(q.row(row, head), seen, scale, options.softcap, sink);
                     let norm =
@@ -101,20 +109,14 @@ fn ragged_steps_agree_with_float64() {
         ("kvarn_k4v2_g64", 64, 64, 0, plain),
         ("kvarn_k3v3_g64", 96, 16, 5, AttendOptions { window: Some(100), ..plain }),
         ("kvarn_k2v2_g64", 16, 0, 64, AttendOptions { softcap: Some(2.0), scale: Some(0.3), ..plain }),
-        ("kvarn_k8v8_g128", 80, 128, 0, AttendOptions { sink_logits: Some(&sinks), ..plain }),
-        (
-            "kvarn_k8v4_g128",
-            256,
-            32,
-            200,
-            AttendOptions { window: Some(1), sink_logits: Some(&sinks), ..plain },
-        ),
+        ("kvarn_k8v8_g128", 80, 128, 0, plain),
+        ("kvarn_k8v4_g128", 256, 32, 200, AttendOptions { window: Some(1), ..plain }),
     ]
     .into_iter()
     .enumerate()
     {
         let pool = pool(config(name, head_dim, sink, recent), 2);
-        let ids = [pool.create(), pool.create(), pool.create()];
+        let ids = [pool.core().create(), pool.core().create(), pool.core().create()];
         for (step, (counts, hold)) in [
             ([1, 130, 700], [0, 0, 0]),
             ([5, 0, 1], [5, 0, 1]),
@@ -125,10 +127,11 @@ fn ragged_steps_agree_with_float64() {
         .into_iter()
         .enumerate()
         {
-            checked_step(&pool, &ids, &counts, &hold, 3, &options, (100 * index + 10 * step) as u64);
+            let logits = (index >= 3).then_some(sinks.as_slice());
+            checked_step(&pool, &ids, &counts, &hold, 3, &options, logits, (100 * index + 10 * step) as u64);
         }
-        pool.truncate(ids[0], pool.view(ids[0]).unwrap().length - 2).unwrap();
-        checked_step(&pool, &ids, &[1, 1, 1], &[0, 0, 0], 3, &options, 7);
+        pool.core().truncate(ids[0], pool.core().view(ids[0]).unwrap().length - 2).unwrap();
+        checked_step(&pool, &ids, &[1, 1, 1], &[0, 0, 0], 3, &options, None, 7);
     }
 }
 
@@ -136,7 +139,7 @@ fn ragged_steps_agree_with_float64() {
 fn a_sequence_gets_the_same_bits_alone_and_in_a_batch() {
     let config = config("kvarn_k4v2_g64", 64, 64, 0);
     let (alone, batch) = (pool(config, 2), pool(config, 2));
-    let (one, many) = (alone.create(), [batch.create(), batch.create()]);
+    let (one, many) = (alone.core().create(), [batch.core().create(), batch.core().create()]);
     let rows = |count, seed| Rows::random([count, 2, 64], seed);
     let joined = |a: &Rows, b: &Rows| Rows {
         values: [a.values.as_slice(), b.values.as_slice()].concat(),
@@ -149,13 +152,13 @@ fn a_sequence_gets_the_same_bits_alone_and_in_a_batch() {
         let (mut out, mut outs) = (Rows::zeros(q.shape), Rows::zeros([33 + count, 4, 64]));
         let single = alone.step(&[one], &[count], &[0]).unwrap();
         single.append(0, &k.tensor(), &v.tensor(), false).unwrap();
-        single.attend(0, &q.tensor(), &AttendOptions::default(), &out.tensor_mut(), None).unwrap();
-        single.finish().unwrap();
+        single.attend(0, &q.tensor(), &AttendOptions::default(), None, &out.tensor_mut(), None).unwrap();
+        single.open().finish().unwrap();
         let both = batch.step(&[many[1], many[0]], &[33, count], &[0, 0]).unwrap();
         both.append(0, &joined(&k2, &k).tensor(), &joined(&v2, &v).tensor(), false).unwrap();
         let q = joined(&q2, &q);
-        both.attend(0, &q.tensor(), &AttendOptions::default(), &outs.tensor_mut(), None).unwrap();
-        both.finish().unwrap();
+        both.attend(0, &q.tensor(), &AttendOptions::default(), None, &outs.tensor_mut(), None).unwrap();
+        both.open().finish().unwrap();
         assert_eq!(out.values, outs.values[33 * 4 * 64..]);
     }
 }
@@ -165,7 +168,7 @@ fn cached_and_offline_encoding_agree() {
     for (sink, arrivals) in [(0, vec![64, 64]), (0, vec![1; 128]), (64, vec![100, 28]), (16, vec![128])] {
         let config = config("kvarn_k4v2_g64", 48, sink, 0);
         let pool = pool(config, 1);
-        let id = pool.create();
+        let id = pool.core().create();
         let (k, v) = (Rows::random([128, 1, 48], 3), Rows::random([128, 1, 48], 4));
         let mut row = 0;
         for count in arrivals {
@@ -175,14 +178,14 @@ fn cached_and_offline_encoding_agree() {
             };
             let step = pool.step(&[id], &[count], &[0]).unwrap();
             step.append(0, &part(&k).tensor(), &part(&v).tensor(), false).unwrap();
-            step.finish().unwrap();
+            step.open().finish().unwrap();
             row += count;
         }
         let record_bytes = config.layout().record_bytes;
         let mut records = vec![0; 2 * record_bytes];
         let tiles = |rows: &Rows| Rows { values: rows.values.clone(), shape: [2, 64, 48] };
         encode_tiles(&config, tiles(&k).tensor(), tiles(&v).tensor(), false, &mut records).unwrap();
-        let view = pool.view(id).unwrap();
+        let view = pool.core().view(id).unwrap();
         for tile in usize::from(sink == 64)..2 {
             let page = pool.pages(0).unwrap();
             let at = view.block_table[tile] as usize * record_bytes;
@@ -196,10 +199,10 @@ fn cached_and_offline_encoding_agree() {
 #[test]
 fn steps_must_be_whole_and_in_order() {
     let pool = pool(config("kvarn", 64, 128, 0), 1);
-    let id = pool.create();
+    let id = pool.core().create();
     let rows = Rows::random([3, 1, 64], 1);
     let step = pool.step(&[id], &[3], &[0]).unwrap();
-    assert!(step.finish().unwrap_err().to_string().starts_with("layer 0 has not been appended to"));
+    assert!(step.open().finish().unwrap_err().to_string().starts_with("layer 0 has not been appended to"));
     assert!(step.append(1, &rows.tensor(), &rows.tensor(), false).is_err());
     let short = Rows::random([2, 1, 64], 1);
     assert!(
@@ -210,14 +213,14 @@ fn steps_must_be_whole_and_in_order() {
     );
     step.append(0, &rows.tensor(), &rows.tensor(), false).unwrap();
     assert!(step.append(0, &rows.tensor(), &rows.tensor(), false).is_err());
-    assert!(pool.free(id).is_err());
+    assert!(pool.core().free(id).is_err());
     drop(step);
-    assert_eq!(pool.stats().tables.slots.used, 0);
+    assert_eq!(pool.core().stats().tables.slots.used, 0);
     let step = pool.step(&[id], &[3], &[0]).unwrap();
     step.append(0, &rows.tensor(), &rows.tensor(), false).unwrap();
-    step.finish().unwrap();
-    assert!(step.finish().is_err() && step.append(0, &rows.tensor(), &rows.tensor(), false).is_err());
-    assert_eq!(pool.view(id).unwrap().length, 3);
+    step.open().finish().unwrap();
+    assert!(step.open().finish().is_err() && step.append(0, &rows.tensor(), &rows.tensor(), false).is_err());
+    assert_eq!(pool.core().view(id).unwrap().length, 3);
 }
 
 #[test]
@@ -225,7 +228,7 @@ fn non_finite_and_huge_values_are_counted_and_stay_where_they_are() {
     let config = config("kvarn_k4v2_g64", 64, 0, 0);
     let layers = [LayerShape { kv_heads: 2, head_dim: 64 }];
     let pool = Pool::new(config, &layers, 4, 4, SlotType::Float32).unwrap();
-    let (good, bad) = (pool.create(), pool.create());
+    let (good, bad) = (pool.core().create(), pool.core().create());
     let mut rows = Rows::random([128, 2, 64], 9);
     for id in [good, bad] {
         if id == bad {
@@ -235,7 +238,7 @@ fn non_finite_and_huge_values_are_counted_and_stay_where_they_are() {
         }
         let step = pool.step(&[id], &[128], &[0]).unwrap();
         let counts = step.append(0, &rows.tensor(), &rows.tensor(), false).unwrap();
-        step.finish().unwrap();
+        step.open().finish().unwrap();
         assert_eq!(counts.non_finite, if id == bad { 4 } else { 0 });
         assert_eq!(counts.saturated > 0, id == bad);
     }

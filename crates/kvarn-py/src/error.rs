@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use kvarn::pool::PoolError;
 use kvarn::tables::TableErrorKind;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -76,7 +77,7 @@ impl ToPython for kvarn::Error {
     }
 }
 
-impl ToPython for kvarn_cpu::Error {
+impl ToPython for PoolError {
     fn to_python(&self, py: Python<'_>) -> PyErr {
         let class = match self {
             Self::Codec(error) => return error.to_python(py),
@@ -88,9 +89,18 @@ impl ToPython for kvarn_cpu::Error {
             Self::Shape { .. } | Self::Value { .. } => Class::Shape,
             Self::DType { .. } => Class::DType,
             Self::Order(_) => Class::State,
-            Self::Memory { .. } => Class::Capacity,
+            Self::TooLarge { .. } => Class::Capacity,
         };
         class.error(py, self.to_string())
+    }
+}
+
+impl ToPython for kvarn_cpu::Error {
+    fn to_python(&self, py: Python<'_>) -> PyErr {
+        match self {
+            Self::Pool(error) => error.to_python(py),
+            Self::Memory { .. } => Class::Capacity.error(py, self.to_string()),
+        }
     }
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kvarn::codec::SlotType;
+use kvarn::pool::{LayerShape, PoolCore, PoolError};
 use kvarn::tables::{SequenceId, SequenceView};
-use kvarn_cpu::LayerShape;
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
 
@@ -50,21 +50,21 @@ impl Pool {
 
     /// A new, empty sequence.
     fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
-        let id = detached(py, || Ok::<_, kvarn_cpu::Error>(self.0.create()))?;
-        Ok(Sequence { pool: Arc::clone(&self.0), id })
+        let id = detached(py, || Ok::<_, PoolError>(self.0.core().create()))?;
+        Ok(Sequence { core: Arc::clone(self.0.core()), id })
     }
 
     /// Forgets a sequence.
     fn free(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
         let id = sequence.get().id;
-        detached(py, || self.0.free(id))
+        detached(py, || self.0.core().free(id))
     }
 
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
         let id = sequence.get().id;
         let length = natural(py, Class::Shape, "length", length)?;
-        detached(py, || self.0.truncate(id, length))
+        detached(py, || self.0.core().truncate(id, length))
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -100,7 +100,7 @@ impl Pool {
 
     /// Usage.
     fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
-        let stats = detached(py, || Ok::<_, kvarn_cpu::Error>(self.0.stats()))?;
+        let stats = detached(py, || Ok::<_, PoolError>(self.0.core().stats()))?;
         let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps } = stats.tables;
         Ok(Stats {
             pages: pages.total,
@@ -122,7 +122,8 @@ impl Pool {
     /// `(kv_heads, head_dim)` of each layer.
     #[getter]
     fn layers(&self) -> Vec<(usize, usize)> {
-        self.0.layers().map(|layer| (layer.kv_heads, layer.head_dim)).collect()
+        let layers = &self.0.core().layout().layers;
+        layers.iter().map(|layer| (layer.shape.kv_heads, layer.shape.head_dim)).collect()
     }
 
     /// Pages of one layer.
@@ -136,7 +137,7 @@ impl Pool {
     fn slots(&self, py: Python<'_>, layer: i64) -> PyResult<Memory> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let view = detached(py, || self.0.slots(layer))?;
-        let element = match self.0.slot_type() {
+        let element = match self.0.core().layout().slot_type {
             SlotType::Float16 => ElementType::Float16,
             SlotType::Float32 => ElementType::Float32,
         };
@@ -150,7 +151,7 @@ impl Pool {
 /// raises StateError once the sequence is freed.
 #[pyclass(module = "kvarn", frozen)]
 pub(crate) struct Sequence {
-    pool: Arc<kvarn_cpu::Pool>,
+    core: Arc<PoolCore>,
     id: SequenceId,
 }
 
@@ -192,7 +193,7 @@ impl Sequence {
 
 impl Sequence {
     fn view(&self, py: Python<'_>) -> PyResult<SequenceView> {
-        detached(py, || self.pool.view(self.id))
+        detached(py, || self.core.view(self.id))
     }
 }
 

@@ -1,7 +1,7 @@
 //! `kvarn._kvarn.Step`.
 
+use kvarn::pool::{AttendOptions, PoolError};
 use kvarn::tables::BatchView;
-use kvarn_cpu::AttendOptions;
 use pyo3::prelude::*;
 
 use crate::arguments::natural;
@@ -66,15 +66,15 @@ impl Step {
         let lse = lse.as_mut().map(|lse| lse.floats_mut(&q.shape()[..2])).transpose()?;
         let sink_logits =
             sink_logits.map(|logits| Lent::new("sink_logits", logits)?.vector("[heads]")).transpose()?;
-        let options = AttendOptions { scale, window, softcap, sink_logits: sink_logits.as_deref(), rotated };
-        detached(py, || self.0.attend(layer, &q, &options, &out, lse))
+        let options = AttendOptions { scale, window, softcap, rotated };
+        detached(py, || self.0.attend(layer, &q, &options, sink_logits.as_deref(), &out, lse))
     }
 
     /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
     fn stored(&self, py: Python<'_>, layer: i64, index: i64) -> PyResult<usize> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let index = natural(py, Class::Shape, "index", index)?;
-        detached(py, || self.0.stored(layer, index))
+        detached(py, || self.0.open().stored(layer, index))
     }
 
     /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
@@ -97,27 +97,27 @@ impl Step {
 
     /// Makes the step the state of its sequences.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || self.0.finish())
+        detached(py, || self.0.open().finish())
     }
 
     /// Takes the step back.
     fn abandon(&self, py: Python<'_>) -> PyResult<()> {
         detached(py, || {
-            self.0.abandon();
-            Ok::<_, kvarn_cpu::Error>(())
+            self.0.open().abandon();
+            Ok::<_, PoolError>(())
         })
     }
 
     /// New tokens of all sequences.
     #[getter]
     fn tokens(&self) -> usize {
-        self.0.plan().tokens
+        self.0.open().plan().tokens
     }
 
     /// First row of each sequence, then `tokens`: int32 `[sequences + 1]`.
     #[getter]
     fn first_rows(&self) -> Memory {
-        let rows = &self.0.plan().first_rows;
+        let rows = &self.0.open().plan().first_rows;
         Memory::of_table(rows, &[rows.len()])
     }
 
@@ -145,6 +145,6 @@ impl Step {
 
 impl Step {
     fn batch(&self) -> BatchView {
-        self.0.plan().batch_after()
+        self.0.open().plan().batch_after()
     }
 }

@@ -1,6 +1,7 @@
 //! Callers' arrays and tensors, borrowed through DLPack for the time of a call.
 
-use kvarn_cpu::{DType, TensorMut, TensorRef};
+use kvarn::DType;
+use kvarn_cpu::{TensorMut, TensorRef};
 use kvarn_dlpack::{BorrowedTensor, ElementType, Error};
 use pyo3::prelude::*;
 

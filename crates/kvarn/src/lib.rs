@@ -8,17 +8,20 @@
 
 mod bits;
 mod config;
+mod dtype;
 mod error;
 mod half_round;
 mod name;
 mod side;
 
 pub mod codec;
+pub mod pool;
 pub mod record;
 pub mod tables;
 
 pub use bits::Bits;
 pub use config::{Config, ConfigOptions, GROUPS, HEAD_DIMS};
+pub use dtype::DType;
 pub use error::Error;
 pub use half_round::{Saturation, round_to_half};
 pub use name::{PRESETS, parse_name};

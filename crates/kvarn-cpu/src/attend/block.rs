@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
+use kvarn::pool::AttendSettings;
 use kvarn::tables::SequencePlan;
 
 use super::Source;
-use super::options::Checked;
 use super::partial::Partial;
 use super::softmax::LOG2_E;
 use crate::TensorRef;
@@ -40,9 +40,9 @@ impl QueryBlock {
         sequence: &SequencePlan,
         tokens: Range<usize>,
         q: &TensorRef<'_>,
-        group: usize,
-        options: &Checked<'_>,
+        options: &AttendSettings,
     ) -> Self {
+        let group = options.group;
         let head_dim = source.layer.shape.head_dim;
         let mut block = Self {
             q: vec![0.0; tokens.len() * group * head_dim],
@@ -96,11 +96,12 @@ impl QueryBlock {
         &self,
         partial: Option<Partial>,
         source: &Source<'_>,
-        options: &Checked<'_>,
+        options: &AttendSettings,
+        sink_logits: Option<&[f32]>,
     ) -> BlockResult {
         let head_dim = source.layer.shape.head_dim;
         let mut partial = partial.unwrap_or_else(|| Partial::empty(self.columns(), head_dim));
-        if let Some(logits) = options.sink_logits {
+        if let Some(logits) = sink_logits {
             for (column, (_, head)) in self.targets().enumerate() {
                 partial.add_logit(column, logits[head] * LOG2_E);
             }

@@ -39,7 +39,7 @@ struct Leaf<'a> {
 
 impl Leaf<'_> {
     fn attend(&self, scratch: &mut Scratch) -> Partial {
-        let (group, head_dim) = (self.source.pool.config.group(), self.source.layer.shape.head_dim);
+        let (group, head_dim) = (self.source.pool.layout().config.group(), self.source.layer.shape.head_dim);
         let columns = self.block.columns();
         let mut partial = Partial::empty(columns, head_dim);
         scratch.weights.clear();
@@ -74,7 +74,7 @@ impl Leaf<'_> {
 
     /// The leaf's tiles that some query sees: offset of the first token in the leaf, and spans.
     fn tiles(&self) -> impl Iterator<Item = (usize, &[Span])> {
-        let group = self.source.pool.config.group();
+        let group = self.source.pool.layout().config.group();
         let (first, last) = (self.first, self.first + LEAF_TOKENS);
         let seen = self.block.visible();
         let spans = self.source.spans;

@@ -6,26 +6,23 @@
 
 mod block;
 mod leaf;
-mod options;
 mod partial;
 mod product;
 mod softmax;
 
 use std::ops::Range;
 
+use kvarn::pool::{AttendSettings, Layer};
 use kvarn::tables::{SequencePlan, Span, StepPlan};
 use rayon::prelude::*;
-
-pub use options::AttendOptions;
 
 use block::QueryBlock;
 use leaf::{LEAF_TOKENS, attend_leaf};
 use partial::Partial;
 
-use crate::error::shape;
-use crate::pool::{Layer, LayerShape, Pool};
+use crate::pool::Pool;
 use crate::threads::install;
-use crate::{Error, TensorMut, TensorRef};
+use crate::{TensorMut, TensorRef};
 
 /// Query columns (query tokens × query heads per KV head) of an item: enough to make up for decoding a tile.
 const BLOCK_COLUMNS: usize = 128;
@@ -41,7 +38,7 @@ struct Source<'a> {
     spans: &'a [Span],
 }
 
-/// Attends a step's queries; see [`crate::Step::attend`].
+/// Attends a step's queries; see [`crate::Step::attend`]. Everything has been checked.
 #[allow(clippy::too_many_arguments)] // the parts of one call, used once
 pub(crate) fn attend(
     pool: &Pool,
@@ -49,39 +46,17 @@ pub(crate) fn attend(
     plan: &StepPlan,
     appended: bool,
     q: &TensorRef<'_>,
-    options: &AttendOptions<'_>,
+    settings: &AttendSettings,
+    sink_logits: Option<&[f32]>,
     out: &TensorMut<'_>,
     lse: Option<&mut [f32]>,
-) -> Result<(), Error> {
-    let LayerShape { kv_heads, head_dim } = layer.shape;
-    let [rows, heads, _] = q.shape();
-    if rows != plan.tokens || heads == 0 || !heads.is_multiple_of(kv_heads) || q.shape()[2] != head_dim {
-        let expected = format!(
-            "[{}, a multiple of {kv_heads}, {head_dim}] (sum of counts, heads, head_dim)",
-            plan.tokens
-        );
-        return Err(shape("q", &q.shape(), expected, "pass the queries of all sequences of the step"));
-    }
-    if out.shape() != q.shape() {
-        return Err(shape(
-            "out",
-            &out.shape(),
-            format!("{:?}, as q", q.shape()),
-            "allocate the output like q",
-        ));
-    }
-    if let Some(lse) = &lse
-        && lse.len() != rows * heads
-    {
-        let expected = format!("[{rows}, {heads}] (sum of counts, heads)");
-        return Err(shape("lse", &[lse.len()], expected, "allocate float32 [sum of counts, heads]"));
-    }
-    let options = options.check(heads, head_dim)?;
-    let group = heads / kv_heads;
+) {
+    let (kv_heads, head_dim) = (layer.shape.kv_heads, layer.shape.head_dim);
+    let (heads, group) = (q.shape()[1], settings.group);
     let block_tokens = (BLOCK_COLUMNS / group).max(1);
 
     let spans: Vec<Vec<Span>> =
-        plan.sequences.iter().map(|s| view(s, appended).spans(&pool.rule).collect()).collect();
+        plan.sequences.iter().map(|s| view(s, appended).spans(&pool.layout().rule).collect()).collect();
     let mut items = Vec::new();
     for (index, sequence) in plan.sequences.iter().enumerate() {
         for first in (0..sequence.count).step_by(block_tokens) {
@@ -94,10 +69,10 @@ pub(crate) fn attend(
         items.into_par_iter().for_each(|(index, head, tokens)| {
             let sequence = &plan.sequences[index];
             let source = Source { pool, layer, head, spans: &spans[index] };
-            let block = QueryBlock::load(&source, sequence, tokens, q, group, &options);
+            let block = QueryBlock::load(&source, sequence, tokens, q, settings);
             let leaves = view(sequence, appended).length.div_ceil(LEAF_TOKENS);
             let partial = subtree(&source, &block, 0..leaves.next_power_of_two());
-            let result = block.finish(partial, &source, &options);
+            let result = block.finish(partial, &source, settings, sink_logits);
             for (column, (row, q_head)) in block.targets().enumerate() {
                 let values = &result.out[column * head_dim..][..head_dim];
                 // SAFETY: each (row, head) belongs to one item, and `out` is the caller's alone.
@@ -109,7 +84,6 @@ pub(crate) fn attend(
             }
         });
     });
-    Ok(())
 }
 
 fn view(sequence: &SequencePlan, appended: bool) -> &kvarn::tables::SequenceView {

@@ -1,6 +1,7 @@
 //! Random rows, tensors over vectors, and attention in float64.
 
-use kvarn_cpu::{DType, TensorMut, TensorRef};
+use kvarn::DType;
+use kvarn_cpu::{TensorMut, TensorRef};
 
 /// Rows of standard-normal-like values, `[rows, heads, head_dim]`.
 #[derive(Clone)]

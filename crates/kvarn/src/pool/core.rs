@@ -1,0 +1,106 @@
+//! The bookkeeping of one pool, usable from every thread.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{OpenStep, PoolError, PoolLayout};
+use crate::codec::EncodeCounts;
+use crate::tables::{self, SequenceId, SequenceView, Tables};
+
+/// How full a pool is, and what its encoders met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    /// Pages, slots, sequences, tokens.
+    pub tables: tables::Stats,
+    /// Bytes of the pages in use, all layers.
+    pub page_bytes: usize,
+    /// Bytes of the slots in use, all layers.
+    pub slot_bytes: usize,
+    /// Non-finite and saturated values since the pool was made.
+    pub counts: EncodeCounts,
+}
+
+/// Layout and tables of one pool.
+#[derive(Debug)]
+pub struct PoolCore {
+    layout: PoolLayout,
+    tables: Mutex<Tables>,
+    counts: Mutex<EncodeCounts>,
+}
+
+impl PoolCore {
+    /// An empty pool.
+    pub fn new(layout: PoolLayout) -> Result<Arc<Self>, PoolError> {
+        let tables = Tables::new(layout.rule, layout.pages, layout.slots)?;
+        Ok(Arc::new(Self { layout, tables: Mutex::new(tables), counts: Mutex::default() }))
+    }
+
+    /// Layers and where their bytes lie.
+    pub const fn layout(&self) -> &PoolLayout {
+        &self.layout
+    }
+
+    /// A new, empty sequence.
+    pub fn create(&self) -> SequenceId {
+        self.tables().create()
+    }
+
+    /// Forgets a sequence and gives back its pages and slots.
+    pub fn free(&self, sequence: SequenceId) -> Result<(), PoolError> {
+        Ok(self.tables().free(sequence)?)
+    }
+
+    /// Keeps the first `keep` tokens; see [`Tables::truncate`].
+    pub fn truncate(&self, sequence: SequenceId, keep: usize) -> Result<(), PoolError> {
+        Ok(self.tables().truncate(sequence, keep)?)
+    }
+
+    /// What is stored of a sequence.
+    pub fn view(&self, sequence: SequenceId) -> Result<SequenceView, PoolError> {
+        Ok(self.tables().view(sequence)?.clone())
+    }
+
+    /// Runs `read` on what is stored of a sequence; nobody changes the sequence, nor overwrites what it stores,
+    /// meanwhile.
+    pub fn while_stored<R, E: From<PoolError>>(
+        &self,
+        sequence: SequenceId,
+        read: impl FnOnce(&SequenceView) -> Result<R, E>,
+    ) -> Result<R, E> {
+        let tables = self.tables();
+        read(tables.view(sequence).map_err(PoolError::from)?)
+    }
+
+    /// Plans a step: one forward pass that appends `counts[i]` tokens to `sequences[i]`, of which the newest `hold[i]`
+    /// stay uncommitted. All or nothing; see [`Tables::plan_step`].
+    pub fn step(
+        self: &Arc<Self>,
+        sequences: &[SequenceId],
+        counts: &[usize],
+        hold: &[usize],
+    ) -> Result<OpenStep, PoolError> {
+        let plan = self.tables().plan_step(sequences, counts, hold)?;
+        Ok(OpenStep::new(Arc::clone(self), plan))
+    }
+
+    /// Usage.
+    pub fn stats(&self) -> Stats {
+        let tables = self.tables().stats();
+        let layers = &self.layout.layers;
+        Stats {
+            tables,
+            page_bytes: tables.pages.used * layers.iter().map(|layer| layer.page_bytes).sum::<usize>(),
+            slot_bytes: tables.slots.used * layers.iter().map(|layer| layer.slot_bytes).sum::<usize>(),
+            counts: *self.counts.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    /// Adds what an encoder met.
+    pub fn count(&self, counts: EncodeCounts) {
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) += counts;
+    }
+
+    pub(super) fn tables(&self) -> MutexGuard<'_, Tables> {
+        // The tables change nothing before they have checked everything: a panic cannot leave them half changed.
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
