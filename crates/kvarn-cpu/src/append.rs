@@ -36,46 +36,71 @@ pub(crate) fn append_head(
 ) -> EncodeCounts {
     let head_dim = layer.shape.head_dim;
     let mut counts = EncodeCounts::default();
-    let mut tile = Tile::new(pool.layout().config.group(), head_dim);
-    let rotation = (!rotated).then_some(&layer.rotation);
-    let read = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
-        let mut counts = EncodeCounts::default();
-        for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
-            for index in 0..count {
-                let out = &mut out[(offset + index) * head_dim..][..head_dim];
-                tensor.load_row(row + index, head, out);
-                counts += store_precision(out, rotation, pool.layout().slot_type);
+    WORKSPACE.with_borrow_mut(|workspace| {
+        let Workspace { tile, encoder } = workspace;
+        tile.resize(pool.layout().config.group(), head_dim);
+        let rotation = (!rotated).then_some(&layer.rotation);
+        let read = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
+            let mut counts = EncodeCounts::default();
+            for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
+                for index in 0..count {
+                    let out = &mut out[(offset + index) * head_dim..][..head_dim];
+                    tensor.load_row(row + index, head, out);
+                    counts += store_precision(out, rotation, pool.layout().slot_type);
+                }
             }
+            counts
+        };
+        for write in &plan.writes {
+            counts += read(tile, write.offset, write.row, write.count);
+            tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
         }
-        counts
-    };
-    for write in &plan.writes {
-        counts += read(&mut tile, write.offset, write.row, write.count);
-        tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
-    }
-    for seal in &plan.seals {
-        match seal.source {
-            SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
-            SealSource::Rows(row) => counts += read(&mut tile, 0, row, pool.layout().config.group()),
+        for seal in &plan.seals {
+            match seal.source {
+                SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
+                SealSource::Rows(row) => counts += read(tile, 0, row, pool.layout().config.group()),
+            }
+            let bytes = layer.layout.record_bytes;
+            // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
+            // call is the only one of the step for this layer, sequence and head.
+            let record =
+                unsafe { std::slice::from_raw_parts_mut(pool.record(layer, seal.page, head), bytes) };
+            counts += encoder_for(encoder, &layer.config).encode(&tile.k, &tile.v, record);
         }
-        let bytes = layer.layout.record_bytes;
-        // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
-        // call is the only one of the step for this layer, sequence and head.
-        let record = unsafe { std::slice::from_raw_parts_mut(pool.record(layer, seal.page, head), bytes) };
-        counts += encode(&layer.config, &tile, record);
-    }
+    });
     counts
 }
 
-/// K and V of one tile in float32, `[group, head_dim]`, of slot precision.
+/// What an append works with, kept per thread: most appends store one token, and must not pay for whole tiles.
+#[derive(Default)]
+struct Workspace {
+    tile: Tile,
+    encoder: Option<(Config, TileEncoder)>,
+}
+
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
+/// The kept encoder, made anew if it is for another configuration.
+fn encoder_for<'a>(kept: &'a mut Option<(Config, TileEncoder)>, config: &Config) -> &'a mut TileEncoder {
+    if kept.as_ref().is_none_or(|(of, _)| of != config) {
+        *kept = None;
+    }
+    &mut kept.get_or_insert_with(|| (*config, TileEncoder::new(config))).1
+}
+
+/// K and V of one tile in float32, `[group, head_dim]`, of slot precision. What was not written holds old values.
+#[derive(Default)]
 struct Tile {
     k: Vec<f32>,
     v: Vec<f32>,
 }
 
 impl Tile {
-    fn new(group: usize, head_dim: usize) -> Self {
-        Self { k: vec![0.0; group * head_dim], v: vec![0.0; group * head_dim] }
+    fn resize(&mut self, group: usize, head_dim: usize) {
+        self.k.resize(group * head_dim, 0.0);
+        self.v.resize(group * head_dim, 0.0);
     }
 
     fn write_slot(
@@ -101,18 +126,4 @@ impl Tile {
             unsafe { load(slot_dtype(pool.layout().slot_type), pool.slot(layer, slot, head, side), values) };
         }
     }
-}
-
-/// Encodes with an encoder kept per thread.
-fn encode(config: &Config, tile: &Tile, record: &mut [u8]) -> EncodeCounts {
-    thread_local! {
-        static ENCODER: RefCell<Option<(Config, TileEncoder)>> = const { RefCell::new(None) };
-    }
-    ENCODER.with_borrow_mut(|kept| {
-        if kept.as_ref().is_none_or(|(of, _)| of != config) {
-            *kept = Some((*config, TileEncoder::new(config)));
-        }
-        let (_, encoder) = kept.as_mut().expect("set above");
-        encoder.encode(&tile.k, &tile.v, record)
-    })
 }

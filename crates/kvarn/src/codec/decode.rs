@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use crate::record::{MatrixLayout, ParameterOrder, Strides, unpack_codes};
+use crate::record::{MatrixLayout, ParameterOrder, unpack_codes};
 
 /// Working memory of [`decode_matrix`].
 #[derive(Clone, Debug, Default)]
@@ -23,9 +23,8 @@ pub struct DecodeScratch {
 #[inline(always)]
 pub fn decode_matrix(layout: &MatrixLayout, record: &[u8], scratch: &mut DecodeScratch, out: &mut [f32]) {
     let (rows, columns) = (layout.rows, layout.columns);
-    let strides = Strides { row: columns, column: 1 };
     scratch.codes.resize(rows * columns, 0);
-    unpack_codes(layout.code_order, &record[layout.codes.clone()], strides, &mut scratch.codes);
+    unpack_codes(layout.code_order, &record[layout.codes.clone()], &mut scratch.codes);
     read(&record[layout.row_scale.clone()], layout.row_order(), rows, &mut scratch.row_scale);
     read(&record[layout.row_zero.clone()], layout.row_order(), rows, &mut scratch.row_zero);
     read(&record[layout.column_scale.clone()], layout.column_order(), columns, &mut scratch.column_scale);
@@ -38,6 +37,7 @@ pub fn decode_matrix(layout: &MatrixLayout, record: &[u8], scratch: &mut DecodeS
     }
 }
 
+#[inline(always)]
 fn read(bytes: &[u8], order: ParameterOrder, count: usize, values: &mut Vec<f32>) {
     values.clear();
     values.extend((0..count).map(|index| {

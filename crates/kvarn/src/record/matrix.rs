@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{MatrixLayout, ParameterOrder, Strides, pack_codes, unpack_codes};
+use super::{MatrixLayout, ParameterOrder, pack_codes, unpack_codes};
 
 /// Codes and parameters of one matrix `[rows, columns]`, in logical order.
 ///
@@ -35,8 +35,7 @@ impl EncodedMatrix {
     /// # Panics
     /// If `record` is shorter than a record or the matrix has another shape than `layout`.
     pub fn write(&self, layout: &MatrixLayout, record: &mut [u8]) {
-        let strides = Strides { row: layout.columns, column: 1 };
-        pack_codes(layout.code_order, &self.codes, strides, &mut record[layout.codes.clone()]);
+        pack_codes(layout.code_order, &self.codes, &mut record[layout.codes.clone()]);
         write_halves(&self.row_scale, layout.row_order(), &mut record[layout.row_scale.clone()]);
         write_halves(&self.row_zero, layout.row_order(), &mut record[layout.row_zero.clone()]);
         write_halves(&self.column_scale, layout.column_order(), &mut record[layout.column_scale.clone()]);
@@ -47,8 +46,7 @@ impl EncodedMatrix {
     /// # Panics
     /// As [`EncodedMatrix::write`].
     pub fn read(&mut self, layout: &MatrixLayout, record: &[u8]) {
-        let strides = Strides { row: layout.columns, column: 1 };
-        unpack_codes(layout.code_order, &record[layout.codes.clone()], strides, &mut self.codes);
+        unpack_codes(layout.code_order, &record[layout.codes.clone()], &mut self.codes);
         read_halves(&record[layout.row_scale.clone()], layout.row_order(), &mut self.row_scale);
         read_halves(&record[layout.row_zero.clone()], layout.row_order(), &mut self.row_zero);
         read_halves(&record[layout.column_scale.clone()], layout.column_order(), &mut self.column_scale);

@@ -14,6 +14,6 @@ pub use code_order::{BitPlace, CodeOrder};
 pub use file::{FORMAT_VERSION, HEADER_BYTES, Header, MAGIC, read_records, write_records};
 pub use layout::{MatrixLayout, RECORD_ALIGNMENT, RecordLayout};
 pub use matrix::EncodedMatrix;
-pub use pack::{Strides, pack_codes, unpack_codes};
+pub use pack::{pack_codes, unpack_codes};
 pub use parameter_order::ParameterOrder;
 pub use published::{from_published, published_bytes, to_published};

@@ -1,87 +1,144 @@
 //! Codes to words and back.
+//!
+//! Both ways go fragment by fragment: the 32 lanes' words as `[c][g]` for lane `4 g + c`, so that the eight codes of a row
+//! (fixed `c`) are neighbours in registers and in memory.
 
 use super::CodeOrder;
 use super::code_order::{FragmentCode, bit_place};
 use crate::Bits;
 
-/// How an array of codes is laid out: code (row, column) has index `row * self.row + column * self.column`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Strides {
-    /// Elements from a quantised row to the next.
-    pub row: usize,
-    /// Elements from a column to the next.
-    pub column: usize,
-}
+/// One word of each lane, `[c][g]`.
+type LaneWords = [[u32; 8]; 4];
 
-/// Packs `codes` (one per byte, each at most `2^bits - 1`) into `packed`, which is overwritten.
+/// Packs `codes` `[rows, columns]` (one per byte, each at most `2^bits - 1`) into `packed`, which is overwritten.
 ///
 /// # Panics
 /// If a slice is shorter than the matrix.
-pub fn pack_codes(order: CodeOrder, codes: &[u8], strides: Strides, packed: &mut [u8]) {
-    let bits = order.bits();
+pub fn pack_codes(order: CodeOrder, codes: &[u8], packed: &mut [u8]) {
     packed[..128 * order.words()].fill(0);
-    visit(order, |code, row, column| {
-        let value = u32::from(codes[row * strides.row + column * strides.column]);
-        let mut set = |bit: usize, value: u32| {
-            let place = bit_place(bits, code, bit);
-            let at = order.word_byte(place.lane, place.word);
-            let word = read_word(packed, at) | value << place.shift;
-            packed[at..at + 4].copy_from_slice(&word.to_le_bytes());
-        };
-        if is_split(bits, code) {
-            (0..3).for_each(|bit| set(bit, value >> bit & 1));
-        } else {
-            set(0, value);
-        }
-    });
-}
-
-/// Unpacks every code of a matrix from `packed` into `codes`, one per byte.
-///
-/// # Panics
-/// If a slice is shorter than the matrix.
-pub fn unpack_codes(order: CodeOrder, packed: &[u8], strides: Strides, codes: &mut [u8]) {
-    let bits = order.bits();
-    let mask = u32::from(bits.max_code());
-    visit(order, |code, row, column| {
-        let read = |bit: usize| {
-            let place = bit_place(bits, code, bit);
-            read_word(packed, order.word_byte(place.lane, place.word)) >> place.shift
-        };
-        let value = if is_split(bits, code) {
-            read(0) & 1 | (read(1) & 1) << 1 | (read(2) & 1) << 2
-        } else {
-            read(0) & mask
-        };
-        codes[row * strides.row + column * strides.column] = value as u8;
-    });
-}
-
-/// Calls `f(code, row, column)` for every code, word by word.
-#[inline(always)]
-fn visit(order: CodeOrder, mut f: impl FnMut(FragmentCode, usize, usize)) {
     for fragment in 0..order.fragments() {
-        let (row0, column0) = order.fragment_origin(fragment);
-        for lane in 0..32 {
-            for (class, extraction) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                for odd in 0..2 {
-                    let (row, column) = order.within_fragment(lane, class, extraction, odd);
-                    f(FragmentCode { fragment, lane, class, extraction, odd }, row0 + row, column0 + column);
-                }
+        for (class, extraction) in QUADRANTS {
+            let values = gather(order, fragment, class, extraction, codes);
+            let bits = order.bits();
+            for (from, word, to, width) in pieces(bits, fragment, class, extraction) {
+                let mask = ((1 << width) - 1) * 0x0001_0001;
+                add_words(order, packed, word, |c, g| (values[c][g] >> from & mask) << to);
             }
         }
     }
 }
 
-/// Whether the bits of this code lie in three words.
-#[inline]
-fn is_split(bits: Bits, code: FragmentCode) -> bool {
-    bits == Bits::Three && code.fragment % 4 == 3 && code.class == 1 && code.extraction == 1
+/// Unpacks every code of a matrix from `packed` into `codes` `[rows, columns]`, one per byte.
+///
+/// # Panics
+/// If a slice is shorter than the matrix.
+#[inline(always)]
+pub fn unpack_codes(order: CodeOrder, packed: &[u8], codes: &mut [u8]) {
+    let mask = u32::from(order.bits().max_code());
+    for fragment in 0..order.fragments() {
+        for (class, extraction) in QUADRANTS {
+            let pieces = pieces(order.bits(), fragment, class, extraction);
+            let mut values: LaneWords = [[0; 8]; 4];
+            for (from, word, to, width) in pieces {
+                let mask = ((1 << width) - 1) * 0x0001_0001;
+                let words = read_words(order, packed, word);
+                for c in 0..4 {
+                    for g in 0..8 {
+                        values[c][g] |= (words[c][g] >> to & mask) << from;
+                    }
+                }
+            }
+            scatter(order, fragment, class, extraction, &values, mask, codes);
+        }
+    }
 }
 
-#[inline]
-fn read_word(packed: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]])
+/// Place-value class and extraction of a fragment's four quarters.
+const QUADRANTS: [(usize, usize); 4] = [(0, 0), (0, 1), (1, 0), (1, 1)];
+
+/// Where the codes of a quarter lie: bits `from…` of a code are bits `to…` of word `word`, `width` of them; the odd code of
+/// a pair 16 bits higher in both.
+#[inline(always)]
+fn pieces(
+    bits: Bits,
+    fragment: usize,
+    class: usize,
+    extraction: usize,
+) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+    let split = bits == Bits::Three && fragment % 4 == 3 && (class, extraction) == (1, 1);
+    let (count, width) = if split { (3, 1) } else { (1, bits.get()) };
+    (0..count).map(move |from| {
+        let code = FragmentCode { fragment, lane: 0, class, extraction, odd: 0 };
+        let place = bit_place(bits, code, from);
+        (from, place.word, place.shift, width)
+    })
+}
+
+/// Pairs of codes of a quarter, the even `k` in the low half.
+#[inline(always)]
+fn gather(order: CodeOrder, fragment: usize, class: usize, extraction: usize, codes: &[u8]) -> LaneWords {
+    let columns = order.columns();
+    let (row0, column0) = order.fragment_origin(fragment);
+    let mut values = [[0; 8]; 4];
+    for c in 0..4 {
+        for odd in 0..2 {
+            let (row, column) = order.within_fragment(c, class, extraction, odd);
+            let row = &codes[(row0 + row) * columns + column0 + column..][..8];
+            for g in 0..8 {
+                values[c][g] |= u32::from(row[g]) << (16 * odd);
+            }
+        }
+    }
+    values
+}
+
+/// The inverse of [`gather`].
+#[inline(always)]
+fn scatter(
+    order: CodeOrder,
+    fragment: usize,
+    class: usize,
+    extraction: usize,
+    values: &LaneWords,
+    mask: u32,
+    codes: &mut [u8],
+) {
+    let columns = order.columns();
+    let (row0, column0) = order.fragment_origin(fragment);
+    for c in 0..4 {
+        for odd in 0..2 {
+            let (row, column) = order.within_fragment(c, class, extraction, odd);
+            let row = &mut codes[(row0 + row) * columns + column0 + column..][..8];
+            for g in 0..8 {
+                row[g] = (values[c][g] >> (16 * odd) & mask) as u8;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn read_words(order: CodeOrder, packed: &[u8], word: usize) -> LaneWords {
+    let (first, stride) = (order.word_byte(0, word), order.word_byte(1, word) - order.word_byte(0, word));
+    let packed = &packed[first..=first + 31 * stride + 3];
+    let mut words = [[0; 8]; 4];
+    for g in 0..8 {
+        for c in 0..4 {
+            let at = (4 * g + c) * stride;
+            words[c][g] = u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]]);
+        }
+    }
+    words
+}
+
+#[inline(always)]
+fn add_words(order: CodeOrder, packed: &mut [u8], word: usize, value: impl Fn(usize, usize) -> u32) {
+    for g in 0..8 {
+        for c in 0..4 {
+            let at = order.word_byte(4 * g + c, word);
+            let old = u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]]);
+            packed[at..at + 4].copy_from_slice(&(old | value(c, g)).to_le_bytes());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -95,30 +152,30 @@ mod tests {
         #[test]
         fn codes_survive_and_lie_where_the_order_says(
             (key_bits, value_bits) in (0usize..4, 0usize..4), group in prop::sample::select(vec![64usize, 128]),
-            head_blocks in 1usize..=16, seed in any::<u64>(), transposed in any::<bool>(),
+            head_blocks in 1usize..=16, seed in any::<u64>(),
         ) {
             let layout = RecordLayout::new(16 * head_blocks, group, Bits::ALL[key_bits], Bits::ALL[value_bits]);
             for matrix in [&layout.key, &layout.value] {
                 let order = matrix.code_order;
                 let (rows, columns) = (order.rows(), order.columns());
-                let strides = if transposed { Strides { row: 1, column: rows } } else { Strides { row: columns, column: 1 } };
                 let mut state = seed;
                 let codes: Vec<u8> = (0..rows * columns).map(|_| {
                     state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     (state >> 33) as u8 & order.bits().max_code()
                 }).collect();
                 let mut packed = vec![0xAA; matrix.codes.len()];
-                pack_codes(order, &codes, strides, &mut packed);
+                pack_codes(order, &codes, &mut packed);
                 let mut back = vec![0; codes.len()];
-                unpack_codes(order, &packed, strides, &mut back);
+                unpack_codes(order, &packed, &mut back);
                 prop_assert_eq!(&back, &codes);
                 for (row, column) in [(0, 0), (rows - 1, columns - 1), (seed as usize % rows, (seed >> 20) as usize % columns)] {
                     let mut code = 0;
                     for bit in 0..order.bits().get() {
                         let place = order.place(row, column, bit);
-                        code |= (read_word(&packed, order.word_byte(place.lane, place.word)) >> place.shift & 1) << bit;
+                        let at = order.word_byte(place.lane, place.word) + place.shift / 8;
+                        code |= (packed[at] >> (place.shift % 8) & 1) << bit;
                     }
-                    prop_assert_eq!(code as u8, codes[row * strides.row + column * strides.column]);
+                    prop_assert_eq!(code, codes[row * columns + column]);
                 }
             }
         }
