@@ -56,6 +56,17 @@ def test_zero_removes_nothing(model, preset):
     assert torch.equal(torch.cat(parts), run(model, plain, chunks))
 
 
+def test_sinks_can_be_cropped(model, preset):
+    # A whole tile of sinks is never sealed, though its tokens are committed.
+    chunks = [tokens(1, 3 * G, seed=2), tokens(1, 1, seed=3)]
+    cache, short = KVarNCache(model.config, preset, hold=0), KVarNCache(model.config, preset, hold=0)
+    prompt = tokens(1, 2 * G - 1)
+    run(model, cache, [prompt])
+    cache.crop(-G)
+    run(model, short, [prompt[:, : G - 1]])
+    assert_close(run(model, cache, chunks), run(model, short, chunks))
+
+
 @pytest.mark.parametrize("remove", [150, 10_000])
 def test_everything_can_be_removed(model, preset, remove):
     cache, fresh = KVarNCache(model.config, preset), KVarNCache(model.config, preset)

@@ -130,6 +130,26 @@ def test_options_of_the_attention_function(config, option, padded):
     assert cache.materializations == 0
 
 
+def test_a_window_counts_columns_of_padding_too(config):
+    # Shorter than the sinks, the cache is exact: only what is seen can differ.
+    config._attn_implementation = "kvarn"
+    cache, reference = KVarNCache(config, "kvarn_k4v4_g128"), FakeQuantCache(config, "kvarn_k4v4_g128")
+    generator, module = torch.Generator().manual_seed(0), attention_module()
+    mask = torch.ones(2, 80, dtype=torch.bool)
+    mask[1, 30:50] = False
+    past = 0
+    for columns in (40, 30, 1, 9):
+        past += columns
+        for layer in range(LAYERS):
+            q, k, v = layer_states(2, columns, generator)
+            pairs = cache.update(k, v, layer), reference.update(k, v, layer)
+            out, wanted = (
+                attention(module, q, *pair, mask[:, :past], sliding_window=25)[0] for pair in pairs
+            )
+            shown = mask[:, past - columns : past]
+            torch.testing.assert_close(out[shown], wanted[shown], rtol=0, atol=2e-5)
+
+
 def test_layers_of_different_shapes(config):
     # By the config the last layer has twice the KV heads, and half the head dim.
     config.per_layer_config = {2: {"num_key_value_heads": 2 * KV_HEADS, "head_dim": HEAD_DIM // 3}}

@@ -1,9 +1,12 @@
 """The kvarn pool as a transformers cache, and its attention function, registered as ``"kvarn"``.
 
-Importing this package registers ``"kvarn"`` with transformers' attention and mask interfaces::
+Importing this package, as the first use of `kvarn.KVarNCache` does, registers ``"kvarn"`` with transformers'
+attention and mask interfaces::
+
+    from kvarn import KVarNCache
 
     model.set_attn_implementation("kvarn")
-    model.generate(**inputs, past_key_values=kvarn.KVarNCache(model.config, "kvarn_k4v2_g128"))
+    model.generate(**inputs, past_key_values=KVarNCache(model.config, "kvarn_k4v2_g128"))
 
 The cache gives the same result under every other attention implementation, where it builds dense tensors at
 each step; ``KVarNCache.materializations`` counts them.

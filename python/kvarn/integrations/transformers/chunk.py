@@ -133,8 +133,7 @@ class Chunk:
         out = self.k.new_zeros(shape), self.v.new_zeros(shape)
         for row in range(batch):
             expanded = forward.expand(self.layer, row, self.k)
-            # A row's past is all of it as long as the layer has not appended.
-            at = self._columns_of(row)[: len(expanded[0])]
+            at = self._columns_of(row, len(expanded[0]))
             for states, new in zip(out, expanded, strict=True):
                 states[row, :, at] = new.transpose(0, 1)
         if raw:
@@ -153,8 +152,11 @@ class Chunk:
             dim=1,
         )
 
-    def _columns_of(self, row: int) -> Tensor:
-        return self._stores()[row].nonzero().squeeze(1)
+    def _columns_of(self, row: int, tokens: int) -> Tensor | slice:
+        """Return the columns of a row's first `tokens` tokens."""
+        if self._stored is None and self.forward.kept is None:
+            return slice(tokens)
+        return self._stores()[row].nonzero().squeeze(1)[:tokens]
 
     def _has_holes(self) -> bool:
         """Whether a row has padding after its first token: distances in columns are not those in tokens."""
