@@ -8,7 +8,7 @@ from typing import Any
 
 import kvarn
 import pytest
-from kvarn.cli import main, presets
+from kvarn.cli import doctor, main, presets
 from kvarn.cli.compare import first_difference, segment_length
 from kvarn.cli.driver import cuda_driver_version
 from tiny_model import CONTEXT, HEAD_DIM, KV_HEADS, LAYERS, TEMPLATE, save_tiny_model
@@ -78,6 +78,29 @@ class TestDoctor:
         expected = "absent" if cuda_driver_version() is None else "present, CUDA up to"
         assert expected in out
         assert "CPU features" in out
+
+    @pytest.mark.parametrize(
+        ("transformers", "torch", "usable"),
+        [
+            ("5.16.3", "2.13.0", False),
+            ("5.17.0", "2.13.0", True),
+            ("5.23.1.dev0", "2.13.0", True),
+            ("5.24.0", "2.13.0", False),
+            ("5.23.0", None, False),
+            (None, "2.13.0", False),
+        ],
+    )
+    def test_the_transformers_cache_needs_torch_and_a_known_version(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        transformers: str | None,
+        torch: str | None,
+        usable: bool,
+    ) -> None:
+        installed = {"transformers": transformers, "torch": torch}
+        monkeypatch.setattr(doctor, "_installed", lambda name: installed.get(name, "1.0"))
+        assert _json(capsys, "doctor", "--json")["usable"]["transformers cache"][0] is usable
 
     def test_an_absent_driver_is_none(self) -> None:
         assert cuda_driver_version("libcuda-that-does-not-exist.so.1") is None

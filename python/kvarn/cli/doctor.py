@@ -13,6 +13,8 @@ from kvarn.cli.driver import cuda_driver_version
 from kvarn.models import DEFAULT_PACKAGE, ModelError, resolve
 
 PACKAGES = ("numpy", "rich", "torch", "transformers", "gguf")
+TRANSFORMERS = ((5, 17), (5, 23))
+"""Oldest and newest minor version of transformers that the cache is tested with."""
 
 
 def add_parser(commands: Any) -> None:
@@ -62,18 +64,12 @@ def report() -> dict[str, Any]:
 
 
 def _usable(versions: dict[str, str | None]) -> dict[str, tuple[bool, str]]:
-    missing = [name for name in ("torch", "transformers") if versions[name] is None]
     hint = "; run: pip install 'kvarn[transformers]'"
+    torch = (True, "on the CPU") if versions["torch"] else (False, "torch is not installed" + hint)
     usable = {
         "codec and pool, NumPy": (True, "on the CPU"),
-        "codec and pool, torch": (
-            (True, "on the CPU") if versions["torch"] else (False, "torch is not installed" + hint)
-        ),
-        "transformers cache": (
-            (False, f"{' and '.join(missing)} not installed{hint}")
-            if missing
-            else (True, f"transformers {versions['transformers']}; supported are 5.17 to 5.23")
-        ),
+        "codec and pool, torch": torch,
+        "transformers cache": _transformers(versions, hint),
         "CUDA": (False, "this version of kvarn runs on the CPU only"),
     }
     try:
@@ -84,6 +80,17 @@ def _usable(versions: dict[str, str | None]) -> dict[str, tuple[bool, str]]:
         gguf = versions["gguf"] is not None
         usable["default model"] = (gguf, source.label if gguf else "gguf is not installed" + hint)
     return usable
+
+
+def _transformers(versions: dict[str, str | None], hint: str) -> tuple[bool, str]:
+    missing = [name for name in ("torch", "transformers") if versions[name] is None]
+    if missing:
+        return False, f"{' and '.join(missing)} not installed{hint}"
+    found = str(versions["transformers"])
+    first, last = (".".join(map(str, bound)) for bound in TRANSFORMERS)
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    works = TRANSFORMERS[0] <= numbers <= TRANSFORMERS[1]
+    return works, f"transformers {found}; supported are {first} to {last}"
 
 
 def _installed(name: str) -> str | None:
