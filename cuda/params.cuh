@@ -43,6 +43,7 @@ struct AppendParams {
   uint64_t* counts;            // [2]: non-finite and saturated values, added to
   int32_t rows, seals_count, dtype, rotated;
   int32_t refit, iterations;
+  int32_t key_bits, value_bits;
 };
 
 // A piece of attention: part of one sequence for one block of its queries, by one thread block per KV head.
