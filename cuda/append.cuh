@@ -37,29 +37,29 @@ __device__ __forceinline__ void append_rows(const AppendParams& p, int block) {
 template <int D, int G>
 __device__ __forceinline__ void append(const AppendParams& p) {
   extern __shared__ __align__(16) char memory[];
-  const int heads = p.cache.kv_heads, seal_blocks = 2 * p.seals_count * heads;
-  const int block = blockIdx.x;
-  if (block >= seal_blocks) {
-    append_rows<D, G>(p, block - seal_blocks);
+  const int seal_blocks = 2 * p.seals_count * p.cache.kv_heads;
+  if (block_index() >= seal_blocks) {
+    append_rows<D, G>(p, block_index() - seal_blocks);
     return;
   }
-  const int seal = block / 2 / heads;
-  if (p.seals[seal].page < 0) return;
+  const SealBlock block = seal_block(p);
+  if (p.seals[block.seal].page < 0) return;
   using Key = Shape<Side::Key, D, G>;
   using Value = Shape<Side::Value, D, G>;
-  const int head = block / 2 % heads;
-  if (block % 2 == 0) {
-    if (threadIdx.x < Key::threads) seal_tile<Key>(p, seal, head, memory);
+  if (!block.value) {
+    if (thread_index() < Key::threads) seal_tile<Key>(p, memory);
   } else {
-    if (threadIdx.x < Value::threads) seal_tile<Value>(p, seal, head, memory);
+    if (thread_index() < Value::threads) seal_tile<Value>(p, memory);
   }
 }
 
 }  // namespace kvarn
 
-// 64 registers per thread: half of a multiprocessor's threads at any block size.
+// Registers per thread: 64, and 32 warps per multiprocessor; 80 and 24 warps where blocks are small enough for that step, since
+// the layouts of 64 columns need more.
 #define KVARN_APPEND(D, G)                                                                                              \
-  extern "C" __global__ void __launch_bounds__((kvarn::append_threads<D, G>), 1024 / kvarn::append_threads<D, G>)     \
+  extern "C" __global__ void __launch_bounds__((kvarn::append_threads<D, G>),                                           \
+                                               (kvarn::append_threads<D, G> > 256 ? 1024 : 768) / kvarn::append_threads<D, G>) \
       kvarn_append_d##D##_g##G(const __grid_constant__ kvarn::AppendParams p) {                                         \
     kvarn::append<D, G>(p);                                                                                             \
   }

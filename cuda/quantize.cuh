@@ -32,20 +32,14 @@ __device__ __forceinline__ void share_rows(float4* rows, float x, float y, float
 // Range of every row: the scale and zero that map it to the codes.
 template <class S>
 __device__ __forceinline__ RowMap row_range(const float (&b)[S::rows][S::columns], float max_code) {
-  const auto low = [&](int i) {
-    float x = b[i][0];
+  const auto range = [&](int i) {
+    Range of{b[i][0], b[i][0]};
 #pragma unroll
-    for (int j = 1; j < S::columns; ++j) x = fminf(x, b[i][j]);
-    return x;
+    for (int j = 1; j < S::columns; ++j) of = {fminf(of.low, b[i][j]), fmaxf(of.high, b[i][j])};
+    return of;
   };
-  const auto high = [&](int i) {
-    float x = b[i][0];
-#pragma unroll
-    for (int j = 1; j < S::columns; ++j) x = fmaxf(x, b[i][j]);
-    return x;
-  };
-  const float lowest = reduce_rows<S::rows>(low, Minimum()), highest = reduce_rows<S::rows>(high, Maximum());
-  return {fmaxf((highest - lowest) / max_code, 1e-10f), lowest};
+  const Range of = reduce_rows<S::rows>(range, Span());
+  return {fmaxf((of.high - of.low) / max_code, 1e-10f), of.low};
 }
 
 // Code of b, as a float32 integer. `row` is {zero, scale, 1 / scale, …}.

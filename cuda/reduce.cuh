@@ -5,11 +5,16 @@ namespace kvarn {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// threadIdx.x, read anew at every call: what a step derives from it is then not kept in registers through the other steps,
+// threadIdx.x and blockIdx.x, read anew at every call: what a step derives from it is then not kept in registers through the other steps,
 // where the tile leaves no room.
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
 
@@ -23,14 +28,20 @@ struct Sum3 {
   float a, b, c;
 };
 
+struct Range {
+  float low, high;
+};
+
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(kWholeWarp, x, mask); }
 __device__ __forceinline__ Moments exchange(Moments x, int mask) { return {exchange(x.mean, mask), exchange(x.squares, mask)}; }
+__device__ __forceinline__ Range exchange(Range x, int mask) { return {exchange(x.low, mask), exchange(x.high, mask)}; }
 __device__ __forceinline__ Sum3 exchange(Sum3 x, int mask) {
   return {exchange(x.a, mask), exchange(x.b, mask), exchange(x.c, mask)};
 }
 
 __device__ __forceinline__ float choose(bool first, float a, float b) { return first ? a : b; }
 __device__ __forceinline__ Moments choose(bool first, Moments a, Moments b) { return first ? a : b; }
+__device__ __forceinline__ Range choose(bool first, Range a, Range b) { return first ? a : b; }
 __device__ __forceinline__ Sum3 choose(bool first, Sum3 a, Sum3 b) { return first ? a : b; }
 
 // Merges of two values; `count` is the number of elements behind each.
@@ -38,11 +49,10 @@ struct Add {
   __device__ __forceinline__ float operator()(float x, float y, float) const { return x + y; }
   __device__ __forceinline__ Sum3 operator()(Sum3 x, Sum3 y, float) const { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
 };
-struct Minimum {
-  __device__ __forceinline__ float operator()(float x, float y, float) const { return fminf(x, y); }
-};
-struct Maximum {
-  __device__ __forceinline__ float operator()(float x, float y, float) const { return fmaxf(x, y); }
+struct Span {
+  __device__ __forceinline__ Range operator()(Range x, Range y, float) const {
+    return {fminf(x.low, y.low), fmaxf(x.high, y.high)};
+  }
 };
 struct Merge {
   __device__ __forceinline__ Moments operator()(Moments x, Moments y, float count) const {

@@ -93,16 +93,13 @@ __device__ __forceinline__ void unbiased_rows(const float (&code)[S::rows][S::co
   if (thread < S::C * S::owners && thread % S::owners == 0) column_scale[thread / S::owners] = of.column_scale;
   share_rows<S>(rows, through_half(of.row_zero), through_half(of.row_scale), 0.0f);
   __syncthreads();
-  float scale[S::columns];
-#pragma unroll
-  for (int j = 0; j < S::columns; ++j) scale[j] = column_scale[32 * j + lane];
   const auto products = [&](int i) {
     const float4 row = rows[i];
     Sum3 sum{0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < S::columns; ++j) {
       const float m = __half2float(tile[S::row(warp, i) * SealMemory<S>::token_halves + 32 * j + lane]);
-      const float value = fmaf(code[i][j], row.y, row.x) * scale[j];
+      const float value = fmaf(code[i][j], row.y, row.x) * column_scale[32 * j + lane];
       sum = {fmaf(m, m, sum.a), fmaf(value, m, sum.b), fmaf(value, value, sum.c)};
     }
     return sum;
@@ -127,8 +124,19 @@ __device__ __forceinline__ void write_parameters(const Parameters& of, const Sid
   }
 }
 
+// What a block seals: K and V of a head lie next to each other.
+struct SealBlock {
+  int seal, head;
+  bool value;
+};
+
+__device__ __forceinline__ SealBlock seal_block(const AppendParams& p) {
+  const int block = block_index(), tile = block / 2;
+  return {tile / p.cache.kv_heads, tile % p.cache.kv_heads, block % 2 == 1};
+}
+
 template <class S>
-__device__ __forceinline__ void seal_tile(const AppendParams& p, int seal, int head, char* memory) {
+__device__ __forceinline__ void seal_tile(const AppendParams& p, char* memory) {
   using At = SealMemory<S>;
   // Registers are scarce: what is needed again much later is left in shared memory.
   const int bits = S::side == Side::Key ? p.key_bits : p.value_bits;
@@ -138,7 +146,10 @@ __device__ __forceinline__ void seal_tile(const AppendParams& p, int seal, int h
   auto* column_scale = reinterpret_cast<float*>(memory + At::column);
   auto* guards = reinterpret_cast<float*>(memory + At::guard);
 
-  stage_tile<S>(p, p.seals[seal], head, memory);
+  {
+    const SealBlock block = seal_block(p);
+    stage_tile<S>(p, p.seals[block.seal], block.head, memory);
+  }
   __syncthreads();
   float v[S::rows][S::columns];
   load_staged<S>(memory, v);
@@ -184,7 +195,8 @@ __device__ __forceinline__ void seal_tile(const AppendParams& p, int seal, int h
   write_words<S>(v, bits, words);
   __syncthreads();
   const SidePlace value = side_place<Shape<Side::Value, S::D, S::G>>(p.key_bits, p.value_bits);
-  uint8_t* record = p.cache.pages + (int64_t(p.seals[seal].page) * p.cache.kv_heads + head) * value.end;
+  const SealBlock block = seal_block(p);
+  uint8_t* record = p.cache.pages + (int64_t(p.seals[block.seal].page) * p.cache.kv_heads + block.head) * value.end;
   store_words<S>(words, bits, record + place.codes);
   constexpr int parameter_bytes = 4 * S::R + 2 * S::C;
   for (int byte = 16 * thread_index(); byte < place.end - place.parameters; byte += 16 * S::threads) {
