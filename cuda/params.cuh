@@ -89,6 +89,7 @@ struct ExpandParams {
   const int32_t* block_table;  // [tiles]
   const int32_t* slot_table;   // [tiles]
   int32_t tokens, dtype, rotated, sink_tokens;
+  int32_t key_bits, value_bits;
 };
 
 }  // namespace kvarn
