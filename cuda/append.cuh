@@ -55,11 +55,11 @@ __device__ __forceinline__ void append(const AppendParams& p) {
 
 }  // namespace kvarn
 
-// Registers per thread: 64, and 32 warps per multiprocessor; 80 and 24 warps where blocks are small enough for that step, since
-// the layouts of 64 columns need more.
+// Registers per thread: 64 and 32 warps per multiprocessor; blocks of at most 256 threads hold matrices of 64 columns, whose 16
+// rows per warp need more: up to 128, and 16 warps.
 #define KVARN_APPEND(D, G)                                                                                              \
   extern "C" __global__ void __launch_bounds__((kvarn::append_threads<D, G>),                                           \
-                                               (kvarn::append_threads<D, G> > 256 ? 1024 : 768) / kvarn::append_threads<D, G>) \
+                                               (kvarn::append_threads<D, G> > 256 ? 1024 : 512) / kvarn::append_threads<D, G>) \
       kvarn_append_d##D##_g##G(const __grid_constant__ kvarn::AppendParams p) {                                         \
     kvarn::append<D, G>(p);                                                                                             \
   }

@@ -9,6 +9,13 @@
 
 namespace kvarn {
 
+// 1 / x of a normal x whose reciprocal is normal. __frcp_rn would carry a slow path for all others, a call.
+__device__ __forceinline__ float reciprocal_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(fmaf(-x, y, 1.0f), y, y);
+}
+
 // x / divisor, where reciprocal = 1 / divisor rounded to nearest.
 __device__ __forceinline__ float divide(float x, float divisor, float reciprocal) {
   const float quotient = x * reciprocal;
@@ -25,7 +32,7 @@ template <class S>
 __device__ __forceinline__ void share_rows(float4* rows, float x, float y, float z) {
   __syncwarp();
   const int lane = thread_index() % 32;
-  if (lane % S::copies == 0) rows[lane / S::copies] = {x, y, __frcp_rn(y), z};
+  if (lane % S::copies == 0) rows[lane / S::copies] = {x, y, reciprocal_of(y), z};
   __syncwarp();
 }
 

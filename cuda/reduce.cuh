@@ -10,6 +10,7 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
   return index;
 }
 __device__ __forceinline__ int block_index() {

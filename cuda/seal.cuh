@@ -36,7 +36,7 @@ __device__ __forceinline__ void balance(float (&v)[S::rows][S::columns], float r
   share_rows<S>(rows, 0.0f, row_scale, 0.0f);
 #pragma unroll
   for (int j = 0; j < S::columns; ++j) {
-    const float scale = column_scale[32 * j + thread_index() % 32], reciprocal = __frcp_rn(scale);
+    const float scale = column_scale[32 * j + thread_index() % 32], reciprocal = reciprocal_of(scale);
 #pragma unroll
     for (int i = 0; i < S::rows; ++i) v[i][j] = divide(v[i][j], scale, reciprocal);
   }
@@ -174,7 +174,8 @@ __device__ __forceinline__ void seal_tile(const AppendParams& p, char* memory) {
   const float prescale = p.refit ? power_of_two(exponent) : 1.0f;
   const int thread = thread_index();
   const float own_scale = row_scale[thread / S::copies];
-  Parameters of{own_scale * (map.scale * prescale), own_scale * (map.zero * prescale),
+  const float4 own = rows[thread % 32 / S::copies];  // {zero, scale, …}, as to_codes shared them
+  Parameters of{own_scale * (own.y * prescale), own_scale * (own.x * prescale),
                 thread < S::C * S::owners ? column_scale[thread / S::owners] : 0.0f};
   guard<S>(of, guards);
   if (p.refit) {

@@ -33,9 +33,10 @@ struct Shape {
   // After a reduction over rows, `copies` neighbouring lanes hold the result of one row.
   static constexpr int copies = 32 / rows;
 
-  // Row i of a warp.
+  // Row i of a warp: a warp holds all fours of a block of 16 rows, two of them or one.
   KVARN_HOST_DEVICE static constexpr int row(int warp, int i) {
-    return (warp * (rows / 4) + i / 4) / 4 * 16 + (warp * (rows / 4) + i / 4) % 4 * 2 + i % 2 + i / 2 % 2 * 8;
+    constexpr int warps_of_block = 16 / rows;
+    return warp / warps_of_block * 16 + warp % warps_of_block * (rows / 2) + i / 4 * 2 + i % 2 + i / 2 % 2 * 8;
   }
 };
 
