@@ -43,6 +43,7 @@ struct AppendParams {
   uint64_t* counts;            // [2]: non-finite and saturated values, added to
   int32_t rows, seals_count, dtype, rotated;
   int32_t refit, iterations;
+  int32_t key_bits, value_bits;
 };
 
 // Most record tiles of an item.
@@ -89,6 +90,7 @@ struct ExpandParams {
   const int32_t* block_table;  // [tiles]
   const int32_t* slot_table;   // [tiles]
   int32_t tokens, dtype, rotated, sink_tokens;
+  int32_t key_bits, value_bits;
 };
 
 }  // namespace kvarn
