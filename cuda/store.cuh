@@ -1,7 +1,7 @@
 // Rounding to 16 bits and writing rows, 8 channels = 16 bytes per lane.
 //
-// Numerics: half to nearest even, saturating at ±65504; counted beyond it, as on the CPU.
-// themselves. bf16 to nearest even; its range is float32's.
+// Numerics: half to nearest even, saturating at ±65504, counted beyond it, as on the CPU. bf16 to nearest even; its range is
+// float32's.
 #pragma once
 #include "load.cuh"
 

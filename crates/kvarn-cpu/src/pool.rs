@@ -31,10 +31,10 @@ impl Pool {
         slots: usize,
         slot_type: SlotType,
     ) -> Result<Arc<Self>, Error> {
-        let layout = PoolLayout::new(config, layers, pages, slots, slot_type)?;
-        let pages = HostMemory::new(layout.page_memory, "pages")?;
-        let slots = HostMemory::new(layout.slot_memory, "slots")?;
-        Ok(Arc::new(Self { core: PoolCore::new(layout)?, pages, slots }))
+        let core = PoolCore::new(PoolLayout::new(config, layers, pages, slots, slot_type)?)?;
+        let pages = HostMemory::new(core.layout().page_memory, "pages")?;
+        let slots = HostMemory::new(core.layout().slot_memory, "slots")?;
+        Ok(Arc::new(Self { core, pages, slots }))
     }
 
     /// Sequences, tables, layout.
