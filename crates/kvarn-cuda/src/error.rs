@@ -1,5 +1,7 @@
 //! The one error of this crate.
 
+use kvarn::pool::PoolError;
+
 use crate::Unavailable;
 
 /// What went wrong. Texts name the offending value, what was expected, and the fix.
@@ -8,6 +10,19 @@ pub enum Error {
     /// CUDA cannot be used here.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
+    /// What a pool of any backend refuses.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// A configuration that no kernel serves.
+    #[error("{what} {got} on CUDA: expected {expected}; use the CPU, or another configuration")]
+    Unsupported {
+        /// What is not supported.
+        what: &'static str,
+        /// Its value.
+        got: String,
+        /// What is.
+        expected: String,
+    },
     /// The driver refused a call.
     #[error(
         "{call} for cuda:{device}: {answer}: expected success; check the arguments, and what ran on the device before"
@@ -161,7 +176,10 @@ impl Error {
             | Self::UnknownKernel { .. }
             | Self::Parameters { .. } => ErrorKind::Cuda,
             Self::OutOfMemory { .. } | Self::TooLarge { .. } => ErrorKind::Capacity,
-            Self::Launch { .. } | Self::Borrowed { .. } => ErrorKind::Value,
+            // Callers map what is within a pool error by themselves.
+            Self::Pool(_) | Self::Unsupported { .. } | Self::Launch { .. } | Self::Borrowed { .. } => {
+                ErrorKind::Value
+            }
         }
     }
 }

@@ -124,6 +124,21 @@ impl DeviceMemory {
         }
     }
 
+    /// The first 64-bit words. Waits for the device.
+    pub(crate) fn read_words<const COUNT: usize>(&self) -> Result<[u64; COUNT], Error> {
+        let mut words = [0; COUNT];
+        let bytes = size_of_val(&words);
+        assert!(bytes <= self.bytes, "words within the memory");
+        let _current = self.device.enter()?;
+        // The legacy stream's copy does not wait for streams that do not block it: all of them are waited for.
+        // SAFETY: the context is current.
+        self.device.told(check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() }))?;
+        // SAFETY: `words` is writable, that many bytes lie at the address, the context is current.
+        let copied = unsafe { sys::cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), self.address, bytes) };
+        self.device.told(check("cuMemcpyDtoH", copied))?;
+        Ok(words)
+    }
+
     /// Address of the first byte.
     pub const fn address(&self) -> u64 {
         self.address

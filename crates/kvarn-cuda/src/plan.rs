@@ -1,0 +1,192 @@
+//! What a step's kernels are told, made on the host from the step's plan: pure, tested without a GPU.
+//!
+//! A sequence is cut into parts by its own length only, never by the batch or the device: results are the same alone and in
+//! any batch.
+
+use kvarn::tables::{SealRule, SealSource, SequencePlan, SequenceView, StepPlan};
+
+use crate::params::{ITEM_TILES, ITEM_WORDS, SEAL_WORDS};
+
+/// Arrays of an append, int32.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct AppendPlan {
+    /// `[tokens]`: slot · group + offset, or -1.
+    pub slot_of_row: Vec<i32>,
+    /// `[seals, SEAL_WORDS]`.
+    pub seals: Vec<i32>,
+}
+
+impl AppendPlan {
+    pub(crate) fn new(plan: &StepPlan, group: usize) -> Self {
+        let mut made = Self { slot_of_row: vec![-1; plan.tokens], seals: Vec::new() };
+        for sequence in &plan.sequences {
+            for write in &sequence.writes {
+                for index in 0..write.count {
+                    made.slot_of_row[write.row + index] = (write.slot * group + write.offset + index) as i32;
+                }
+            }
+            for seal in &sequence.seals {
+                let (slot, from, row) = match seal.source {
+                    SealSource::Rows(row) => (-1, 0, row),
+                    SealSource::Slot(slot) => {
+                        // What this step writes to the slot is taken from the rows: nothing waits for the write.
+                        let write = sequence.writes.iter().find(|write| write.slot == slot);
+                        let (from, row) = write.map_or((group, 0), |write| (write.offset, write.row));
+                        (slot as i32, from, row)
+                    }
+                };
+                made.seals.extend([seal.page as i32, slot, from as i32, row as i32]);
+            }
+        }
+        made
+    }
+
+    /// Seals.
+    pub(crate) const fn count(&self) -> usize {
+        self.seals.len() / SEAL_WORDS
+    }
+}
+
+/// What an attention plan depends on, besides the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AttendKey {
+    /// Whether the layer was appended to.
+    pub appended: bool,
+    /// Query heads per KV head.
+    pub group: usize,
+    /// Query tokens of one pass.
+    pub query_tokens: usize,
+    /// Sliding window.
+    pub window: usize,
+}
+
+/// Arrays of an attention, int32.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct AttendPlan {
+    /// `[items, ITEM_WORDS]`.
+    pub items: Vec<i32>,
+    /// `[items, ITEM_TILES]`.
+    pub pages: Vec<i32>,
+    /// Partial results, over all query blocks.
+    pub parts: usize,
+    /// Query blocks.
+    pub counters: usize,
+    /// Most query columns of a block.
+    pub columns: usize,
+}
+
+/// A piece of a sequence: record tiles, or tokens of one slot.
+struct Piece {
+    first_tile: usize,
+    tiles: usize,
+    slot: i32,
+    slot_tokens: usize,
+}
+
+impl AttendPlan {
+    pub(crate) fn new(plan: &StepPlan, rule: &SealRule, key: AttendKey) -> Self {
+        let mut made = Self::default();
+        for sequence in &plan.sequences {
+            let view = if key.appended { &sequence.after } else { &sequence.before };
+            for first in (0..sequence.count).step_by(key.query_tokens) {
+                let tokens = key.query_tokens.min(sequence.count - first);
+                made.add_block(sequence, view, rule, key, first, tokens);
+            }
+        }
+        made
+    }
+
+    /// Items.
+    pub(crate) fn count(&self) -> usize {
+        self.items.len() / ITEM_WORDS
+    }
+
+    fn add_block(
+        &mut self,
+        sequence: &SequencePlan,
+        view: &SequenceView,
+        rule: &SealRule,
+        key: AttendKey,
+        first: usize,
+        tokens: usize,
+    ) {
+        let position = sequence.start() + first;
+        let low = (position + 1).saturating_sub(key.window);
+        let high = (position + tokens).min(view.length);
+        let mut pieces = pieces(view, rule, low, high);
+        if pieces.is_empty() {
+            // Nothing to see: an item still writes the zeros.
+            pieces.push(Piece { first_tile: 0, tiles: 0, slot: 0, slot_tokens: 0 });
+        }
+        for (part, piece) in pieces.iter().enumerate() {
+            self.items.extend(
+                [
+                    piece.first_tile,
+                    piece.tiles,
+                    piece.slot as usize,
+                    piece.slot_tokens,
+                    part,
+                    pieces.len(),
+                    sequence.first_row + first,
+                    tokens,
+                    position,
+                    view.length,
+                    self.parts,
+                    self.counters,
+                ]
+                .map(|word| word as i32),
+            );
+            let tiles = piece.first_tile..piece.first_tile + piece.tiles;
+            self.pages.extend_from_slice(&view.block_table[tiles]);
+            self.pages.resize(self.count() * ITEM_TILES, 0);
+        }
+        self.parts += pieces.len();
+        self.counters += 1;
+        self.columns = self.columns.max(tokens * key.group);
+    }
+}
+
+/// Tiles of an item, for a sequence of `tokens` tokens: few for short ones, so that they fill the device, more for long
+/// ones, so that fewer partial results are written.
+fn item_tiles(tokens: usize, group: usize) -> usize {
+    let tokens_per_item = match tokens {
+        0..=8_192 => 512,
+        8_193..=32_768 => 1_024,
+        32_769..=131_072 => 2_048,
+        _ => 4_096,
+    };
+    (tokens_per_item / group).min(ITEM_TILES)
+}
+
+/// What of `view` queries that see positions `low..high` read.
+fn pieces(view: &SequenceView, rule: &SealRule, low: usize, high: usize) -> Vec<Piece> {
+    let group = rule.group();
+    let tiles = high.div_ceil(group);
+    let first = low / group;
+    let mut pieces = Vec::new();
+    let slot = |tile: usize, tokens: usize| Piece {
+        first_tile: tile,
+        tiles: 0,
+        slot: view.slot_table[tile],
+        slot_tokens: tokens,
+    };
+    // The sink slot: all of tile 0 while it has no page, its first sinks from then on.
+    if tiles > 0 && view.slot_table[0] >= 0 {
+        let tokens = if view.block_table[0] >= 0 { rule.sink_tokens() } else { group.min(view.length) };
+        if low < tokens {
+            pieces.push(slot(0, tokens));
+        }
+    }
+    let sealed = view.sealed.min(tiles);
+    let mut tile = first.max(usize::from(!rule.has_page(0)));
+    let each = item_tiles(view.length, group);
+    while tile < sealed {
+        let tiles = each.min(sealed - tile);
+        pieces.push(Piece { first_tile: tile, tiles, slot: 0, slot_tokens: 0 });
+        tile += tiles;
+    }
+    for tile in first.max(view.sealed).max(1)..tiles {
+        pieces.push(slot(tile, group.min(view.length - tile * group)));
+    }
+    pieces
+}

@@ -1,0 +1,56 @@
+//! Room for the partial results of attention.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::{Device, DeviceMemory, Error, Stream};
+
+/// Workspaces of one pool, one per stream: launches on a stream run one after the other, so they may share.
+#[derive(Debug)]
+pub(crate) struct Workspaces {
+    device: &'static Device,
+    by_stream: Mutex<HashMap<Stream, Workspace>>,
+}
+
+/// Memory on the device: arrival counters, zero between launches, and partial results behind them.
+#[derive(Clone, Debug)]
+pub(crate) struct Workspace {
+    memory: Arc<DeviceMemory>,
+    counters: usize,
+}
+
+impl Workspaces {
+    pub(crate) fn new(device: &'static Device) -> Self {
+        Self { device, by_stream: Mutex::default() }
+    }
+
+    /// A workspace of a stream for so many counters and bytes of partial results. Allocates when more is needed than ever
+    /// before: take the largest before a graph is captured, and keep it as long as the graph.
+    pub(crate) fn take(&self, stream: Stream, counters: usize, bytes: usize) -> Result<Workspace, Error> {
+        let mut by_stream = self.by_stream.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = by_stream.get(&stream)
+            && found.counters >= counters
+            && found.memory.bytes() - found.counters * 4 >= bytes
+        {
+            return Ok(found.clone());
+        }
+        let counters = counters.next_power_of_two().max(1_024);
+        let bytes = (counters * 4 + bytes).next_power_of_two();
+        let memory = DeviceMemory::allocate(self.device, bytes, "attention workspace")?;
+        let made = Workspace { memory, counters };
+        by_stream.insert(stream, made.clone());
+        Ok(made)
+    }
+}
+
+impl Workspace {
+    /// Address of the counters.
+    pub(crate) fn counters(&self) -> u64 {
+        self.memory.address()
+    }
+
+    /// Address of the partial results.
+    pub(crate) fn results(&self) -> u64 {
+        self.memory.address() + self.counters as u64 * 4
+    }
+}

@@ -1,0 +1,20 @@
+// Attention kernels of head dim 64, tiles of 64 tokens: one per pair of code widths and number of query column blocks.
+#include "attend.cuh"
+
+KVARN_ATTEND(64, 64, 4, 4, 1)
+KVARN_ATTEND(64, 64, 4, 4, 2)
+
+KVARN_ATTEND(64, 64, 4, 2, 1)
+KVARN_ATTEND(64, 64, 4, 2, 2)
+
+KVARN_ATTEND(64, 64, 3, 3, 1)
+KVARN_ATTEND(64, 64, 3, 3, 2)
+
+KVARN_ATTEND(64, 64, 2, 2, 1)
+KVARN_ATTEND(64, 64, 2, 2, 2)
+
+KVARN_ATTEND(64, 64, 8, 4, 1)
+KVARN_ATTEND(64, 64, 8, 4, 2)
+
+KVARN_ATTEND(64, 64, 8, 8, 1)
+KVARN_ATTEND(64, 64, 8, 8, 2)
