@@ -8,6 +8,7 @@ Source of the method: KVarN, arXiv 2606.03458.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvarn._device import warmup
 from kvarn._kvarn import __version__
 from kvarn.codec import (
     Config,
@@ -23,6 +24,8 @@ from kvarn.codec import (
 from kvarn.errors import (
     CapacityError,
     ConfigError,
+    CudaError,
+    CudaUnavailableError,
     DeviceError,
     DTypeError,
     FormatError,
@@ -42,6 +45,8 @@ __all__ = [
     "CapacityError",
     "Config",
     "ConfigError",
+    "CudaError",
+    "CudaUnavailableError",
     "DTypeError",
     "DeviceError",
     "EncodeCounts",
@@ -65,6 +70,7 @@ __all__ = [
     "presets",
     "save_records",
     "to_published",
+    "warmup",
 ]
 
 # Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.

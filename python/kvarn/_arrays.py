@@ -33,7 +33,7 @@ def view(memory: Memory, like: Array) -> Array:
 def empty(shape: tuple[int, ...], name: str, like: Array, *, float32: bool = False) -> Array:
     """An uninitialised array of the kind of `like`, the argument `name`, in its type or in float32."""
     framework = _framework(name, like)
-    options = {} if framework is np else {"device": "cpu"}
+    options = {} if framework is np else {"device": like.device}
     array: Array = framework.empty(shape, dtype=framework.float32 if float32 else like.dtype, **options)
     return array
 

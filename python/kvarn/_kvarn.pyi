@@ -5,6 +5,8 @@ from typing import Any, final
 
 __all__ = [
     "Config",
+    "CudaPool",
+    "CudaStep",
     "Memory",
     "Pool",
     "Sequence",
@@ -20,6 +22,7 @@ __all__ = [
     "records_header",
     "threads",
     "to_published",
+    "warmup",
 ]
 __version__: str
 
@@ -27,7 +30,7 @@ __version__: str
 
 @final
 class Memory:
-    """Host memory of kvarn, to be viewed without copying by `numpy.from_dlpack` or `torch.from_dlpack`."""
+    """Memory of kvarn, to be viewed without copying by `numpy.from_dlpack` or `torch.from_dlpack`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -188,6 +191,68 @@ class Step:
     @property
     def lengths(self) -> Memory: ...
 
+@final
+class CudaPool:
+    """The cache memory of one model on a CUDA device."""
+
+    def __new__(
+        cls,
+        config: Config,
+        layers: list[tuple[int, int]],
+        pages: int,
+        slots: int,
+        float32: bool,
+        device: int,
+    ) -> CudaPool: ...
+    def create(self) -> Sequence: ...
+    def free(self, sequence: Sequence) -> None: ...
+    def truncate(self, sequence: Sequence, length: int) -> None: ...
+    def step(self, sequences: list[Sequence], counts: list[int], hold: list[int]) -> CudaStep: ...
+    def expand(
+        self, sequence: Sequence, layer: int, k: object, v: object, rotated: bool, stream: int
+    ) -> None: ...
+    @property
+    def provided_bytes(self) -> int: ...
+    def stats(self) -> Stats: ...
+    @property
+    def layers(self) -> list[tuple[int, int]]: ...
+    def pages(self, layer: int) -> Memory: ...
+    def slots(self, layer: int) -> Memory: ...
+
+@final
+class CudaStep:
+    """One forward pass of a batch on a CUDA device."""
+
+    def append(self, layer: int, k: object, v: object, rotated: bool, stream: int) -> None: ...
+    def attend(
+        self,
+        layer: int,
+        q: object,
+        out: object,
+        lse: object | None,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: object | None,
+        rotated: bool,
+        stream: int,
+    ) -> None: ...
+    def stored(self, layer: int, index: int) -> int: ...
+    def expand(self, layer: int, index: int, k: object, v: object, rotated: bool, stream: int) -> None: ...
+    def finish(self) -> None: ...
+    def abandon(self) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def first_rows(self) -> Memory: ...
+    @property
+    def block_table(self) -> Memory: ...
+    @property
+    def slot_table(self) -> Memory: ...
+    @property
+    def lengths(self) -> Memory: ...
+
+def warmup(device: int) -> None: ...
 def cpu_features() -> list[str]: ...
 def threads() -> int: ...
 def presets() -> list[str]: ...

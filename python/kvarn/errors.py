@@ -47,3 +47,11 @@ class CapacityError(KvarnError, RuntimeError):
 
 class StateError(KvarnError, RuntimeError):
     """A call in the wrong state: a freed or foreign sequence, a finished step, a cut into a sealed tile."""
+
+
+class CudaError(KvarnError, RuntimeError):
+    """CUDA failed, or was used in an order that has no meaning."""
+
+
+class CudaUnavailableError(CudaError):
+    """CUDA cannot be used here: no driver, no device, a driver too old, no kernel for the device."""

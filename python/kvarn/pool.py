@@ -15,12 +15,11 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-import numpy as np
-
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty
+from kvarn._device import cuda_index, current_stream, default_like
 from kvarn._kvarn import Config, Memory, Sequence, Stats
-from kvarn.errors import DeviceError, DTypeError, ShapeError
+from kvarn.errors import DTypeError, ShapeError
 from kvarn.step import Step
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ class Pool:
         cfg: The configuration.
         layers: A LayerShape for each layer.
         dtype: Element type of the slots: "float16" or "float32".
+        device: "cpu" or "cuda:N".
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Pool:
                 tokens that its steps hold back.
             dtype: Type of k, v: "float16", "bfloat16" (slots are then float16) or "float32"; torch's and
                 NumPy's types are known too.
-            device: "cpu".
+            device: "cpu", "cuda" or "cuda:N". On CUDA everything comes and goes as torch tensors of that
+                device, work goes to torch's current stream, and slots are float16.
 
         Raises:
             ShapeError: A number is out of range, or `kv_heads` does not go with `layers`.
@@ -83,14 +84,19 @@ class Pool:
             DTypeError: An unknown type.
             DeviceError: Another device.
             CapacityError: The system has not as much address space.
+            CudaUnavailableError: CUDA cannot be used here; the text says what is missing.
         """
-        if str(device) != "cpu":
-            text = f"device {str(device)!r}: expected 'cpu'; this version of kvarn has a CPU backend only"
-            raise DeviceError(text)
+        self._cuda = cuda_index(device)
+        self.device = "cpu" if self._cuda is None else f"cuda:{self._cuda}"
         self.cfg = cfg
         self.dtype = _slot_dtype(dtype)
         shapes = _layer_shapes(layers, kv_heads, cfg)
-        self._pool = _kvarn.Pool(cfg, shapes, pages, slots, self.dtype == "float32")
+        float32 = self.dtype == "float32"
+        self._pool: _kvarn.Pool | _kvarn.CudaPool
+        if self._cuda is None:
+            self._pool = _kvarn.Pool(cfg, shapes, pages, slots, float32)
+        else:
+            self._pool = _kvarn.CudaPool(cfg, shapes, pages, slots, float32, self._cuda)
         self.layers = tuple(LayerShape(*shape) for shape in self._pool.layers)
 
     def create(self) -> Sequence:
@@ -132,7 +138,7 @@ class Pool:
         """
         sequences = list(sequences)
         holds = [hold] * len(sequences) if isinstance(hold, int) else list(hold)
-        return Step(self._pool.step(sequences, list(counts), holds), self.layers, self.dtype)
+        return Step(self._pool.step(sequences, list(counts), holds), self.layers, self.dtype, self._cuda)
 
     @overload
     def expand(
@@ -153,7 +159,8 @@ class Pool:
             sequence: The sequence.
             layer: The layer.
             rotated: Leave the result in the rotated (Hadamard) frame.
-            like: An array whose kind and type the result takes. None: NumPy, in the type of the slots.
+            like: An array whose kind and type the result takes. None: the type of the slots, in NumPy or, on
+                CUDA, torch.
 
         Returns:
             K and V, [length, kv_heads, head_dim].
@@ -163,12 +170,15 @@ class Pool:
             ShapeError: No such layer.
         """
         if like is None:
-            like = np.empty(0, self.dtype)
+            like = default_like(self.dtype, self._cuda)
         length = sequence.length
         # A layer that does not exist is refused below, by the call that knows the range.
         shape = self.layers[layer] if 0 <= layer < len(self.layers) else LayerShape(0, 0)
         k, v = (empty((length, *shape), "like", like) for _ in range(2))
-        self._pool.expand(sequence, layer, k, v, rotated)
+        if isinstance(self._pool, _kvarn.Pool):
+            self._pool.expand(sequence, layer, k, v, rotated)
+        else:
+            self._pool.expand(sequence, layer, k, v, rotated, current_stream(self._cuda or 0))
         return k, v
 
     def stats(self) -> Stats:

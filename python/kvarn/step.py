@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
-
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty, empty_like
+from kvarn._device import current_stream, default_like, refuse_non_finite
 from kvarn._kvarn import Memory
 from kvarn.codec import EncodeCounts
 
@@ -29,17 +28,24 @@ class Step:
     A step that is dropped unfinished is abandoned: the pool is as it was.
     """
 
-    __slots__ = ("_dtype", "_layers", "_open", "_step")
+    __slots__ = ("_cuda", "_dtype", "_layers", "_open", "_step")
 
-    def __init__(self, step: _kvarn.Step, layers: tuple[tuple[int, int], ...], dtype: str) -> None:
+    def __init__(
+        self,
+        step: _kvarn.Step | _kvarn.CudaStep,
+        layers: tuple[tuple[int, int], ...],
+        dtype: str,
+        cuda: int | None = None,
+    ) -> None:
         self._step = step
+        self._cuda = cuda
         self._layers = layers
         self._dtype = dtype
         self._open = True
 
     def append(
         self, layer: int, k: AnyArray, v: AnyArray, rotated: bool = False, check: bool = False
-    ) -> EncodeCounts:
+    ) -> EncodeCounts | None:
         """Stores keys and values of one layer and seals the tiles that this step seals. Once per layer.
 
         Args:
@@ -51,7 +57,8 @@ class Step:
             check: Refuse NaN and infinities. Otherwise they are stored as 0 and counted.
 
         Returns:
-            How many elements were not finite, and how many values saturated.
+            How many elements were not finite, and how many values saturated. None on CUDA, where nobody waits
+            for the count: `Pool.stats` has the totals.
 
         Raises:
             ShapeError: A shape or stride does not fit, or no such layer.
@@ -59,7 +66,13 @@ class Step:
             NonFiniteError: With `check`, names tensor, layer, token and head.
             StateError: The step is finished or abandoned, or the layer was appended to.
         """
-        return EncodeCounts(*self._step.append(layer, k, v, rotated, check))
+        if isinstance(self._step, _kvarn.Step):
+            return EncodeCounts(*self._step.append(layer, k, v, rotated, check))
+        if check:
+            refuse_non_finite("k", layer, k)
+            refuse_non_finite("v", layer, v)
+        self._step.append(layer, k, v, rotated, current_stream(self._cuda or 0))
+        return None
 
     @overload
     def attend(
@@ -124,7 +137,11 @@ class Step:
         """
         out = empty_like("q", q)
         lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
-        self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
+        if isinstance(self._step, _kvarn.Step):
+            self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
+        else:
+            stream = current_stream(self._cuda or 0)
+            self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated, stream)
         return out if lse is None else (out, lse)
 
     @overload
@@ -144,7 +161,7 @@ class Step:
             layer: The layer.
             index: Place of the sequence in the batch.
             rotated: Leave the result in the rotated (Hadamard) frame.
-            like: An array whose kind and type the result takes. None: NumPy, in the type of the slots.
+            like: An array whose kind and type the result takes. None: as in `Pool.expand`.
 
         Returns:
             K and V, [stored, kv_heads, head_dim].
@@ -155,9 +172,12 @@ class Step:
         """
         stored = self._step.stored(layer, index)
         if like is None:
-            like = np.empty(0, self._dtype)
+            like = default_like(self._dtype, self._cuda)
         k, v = (empty((stored, *self._layers[layer]), "like", like) for _ in range(2))
-        self._step.expand(layer, index, k, v, rotated)
+        if isinstance(self._step, _kvarn.Step):
+            self._step.expand(layer, index, k, v, rotated)
+        else:
+            self._step.expand(layer, index, k, v, rotated, current_stream(self._cuda or 0))
         return k, v
 
     def finish(self) -> None:

@@ -30,6 +30,11 @@ impl Device {
     /// Host memory.
     pub const CPU: Self = Self { device_type: 1, device_id: 0 };
 
+    /// Memory of the CUDA device with this index.
+    pub const fn cuda(index: i32) -> Self {
+        Self { device_type: 2, device_id: index }
+    }
+
     /// Whether the memory can be read by the CPU as it is: host memory, pinned or not.
     pub const fn is_host(self) -> bool {
         matches!(self.device_type, 1 | 3 | 11)

@@ -18,6 +18,14 @@ pub enum Error {
     /// The memory cannot be reached by the CPU.
     #[error("device {0}: expected cpu; copy the tensor to the host first, as in .cpu()")]
     Device(Device),
+    /// The memory is that of another device than the one asked for.
+    #[error("device {got}: expected {expected}; move the tensor there, as in .to(\"{expected}\")")]
+    OtherDevice {
+        /// Where it is.
+        got: Device,
+        /// Where it was expected.
+        expected: Device,
+    },
     /// More or fewer dimensions than a tensor here may have.
     #[error("{0} dimensions: expected 0 to 8; reshape the tensor")]
     Dimensions(i32),

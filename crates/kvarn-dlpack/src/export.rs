@@ -14,6 +14,7 @@ pub struct Export {
     data: NonNull<u8>,
     element: ElementType,
     shape: Vec<i64>,
+    device: Device,
     read_only: bool,
     owner: Arc<dyn Any + Send + Sync>,
 }
@@ -36,7 +37,19 @@ impl Export {
         read_only: bool,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { data, element, shape: shape.iter().map(|&size| size as i64).collect(), read_only, owner }
+        let shape = shape.iter().map(|&size| size as i64).collect();
+        Self { data, element, shape, device: Device::CPU, read_only, owner }
+    }
+
+    /// The same memory, which lies on `device`.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        Self { device, ..self }
+    }
+
+    /// Where the memory lies.
+    pub const fn device(&self) -> Device {
+        self.device
     }
 
     /// Element type.
@@ -116,7 +129,7 @@ impl Export {
         let empty = self.shape.contains(&0);
         let tensor = Tensor {
             data: if empty { std::ptr::null_mut() } else { self.data.as_ptr().cast() },
-            device: Device::CPU,
+            device: self.device,
             ndim: self.shape.len() as i32,
             dtype: self.element.data_type(),
             shape: sizes.shape.cast(),

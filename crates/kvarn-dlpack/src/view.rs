@@ -19,6 +19,7 @@ pub struct BorrowedTensor<'a> {
     ndim: usize,
     shape: [usize; MAX_DIMENSIONS],
     strides: [isize; MAX_DIMENSIONS],
+    device: Device,
     read_only: bool,
     lender: PhantomData<&'a ()>,
 }
@@ -36,6 +37,26 @@ impl BorrowedTensor<'_> {
         if !tensor.device.is_host() {
             return Err(Error::Device(tensor.device));
         }
+        // SAFETY: the caller's promise.
+        unsafe { Self::checked(tensor, read_only) }
+    }
+
+    /// Checks `tensor`, whose memory must be that of `device`.
+    ///
+    /// # Errors
+    /// As [`from_raw`](Self::from_raw).
+    ///
+    /// # Safety
+    /// As [`from_raw`](Self::from_raw); `tensor.data` is an address of the device, not to be read by the CPU.
+    pub unsafe fn from_raw_on(device: Device, tensor: &Tensor, read_only: bool) -> Result<Self, Error> {
+        if tensor.device != device {
+            return Err(Error::OtherDevice { got: tensor.device, expected: device });
+        }
+        // SAFETY: the caller's promise.
+        unsafe { Self::checked(tensor, read_only) }
+    }
+
+    unsafe fn checked(tensor: &Tensor, read_only: bool) -> Result<Self, Error> {
         let ndim = usize::try_from(tensor.ndim)
             .ok()
             .filter(|&ndim| ndim <= MAX_DIMENSIONS && (ndim == 0 || !tensor.shape.is_null()))
@@ -78,7 +99,8 @@ impl BorrowedTensor<'_> {
                 return Err(Error::Alignment { address: data.addr(), bytes: element.bytes() });
             }
         }
-        Ok(Self { data, element, ndim, shape, strides, read_only, lender: PhantomData })
+        let device = tensor.device;
+        Ok(Self { data, element, ndim, shape, strides, device, read_only, lender: PhantomData })
     }
 
     /// The first element, aligned. Not to be read if the tensor is empty, nor written if it is read-only.
@@ -96,9 +118,9 @@ impl BorrowedTensor<'_> {
         self.element.data_type()
     }
 
-    /// Where the memory lies: always the host.
+    /// Where the memory lies.
     pub const fn device(&self) -> Device {
-        Device::CPU
+        self.device
     }
 
     /// Sizes.

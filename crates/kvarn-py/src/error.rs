@@ -21,10 +21,12 @@ pub(crate) enum Class {
     Format,
     Capacity,
     State,
+    Cuda,
+    CudaUnavailable,
 }
 
 impl Class {
-    const NAMES: [&str; 10] = [
+    const NAMES: [&str; 12] = [
         "KvarnError",
         "ShapeError",
         "DTypeError",
@@ -35,6 +37,8 @@ impl Class {
         "FormatError",
         "CapacityError",
         "StateError",
+        "CudaError",
+        "CudaUnavailableError",
     ];
 
     /// An exception of this class.
@@ -101,6 +105,23 @@ impl ToPython for kvarn_cpu::Error {
             Self::Pool(error) => error.to_python(py),
             Self::Memory { .. } => Class::Capacity.error(py, self.to_string()),
         }
+    }
+}
+
+impl ToPython for kvarn_cuda::Error {
+    fn to_python(&self, py: Python<'_>) -> PyErr {
+        use kvarn_cuda::ErrorKind;
+        let class = match self {
+            Self::Pool(error) => return error.to_python(py),
+            Self::Unsupported { .. } => Class::Config,
+            other => match other.kind() {
+                ErrorKind::Unavailable => Class::CudaUnavailable,
+                ErrorKind::Cuda => Class::Cuda,
+                ErrorKind::Capacity => Class::Capacity,
+                ErrorKind::Value => Class::Shape,
+            },
+        };
+        class.error(py, self.to_string())
     }
 }
 

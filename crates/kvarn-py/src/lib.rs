@@ -8,6 +8,7 @@
 mod arguments;
 mod codec;
 mod config;
+mod cuda;
 mod error;
 mod lend;
 mod memory;
@@ -25,6 +26,8 @@ mod _kvarn {
     use crate::codec::{decode, encode, from_published, load_records, records_header, to_published};
     #[pymodule_export]
     use crate::config::{Config, presets};
+    #[pymodule_export]
+    use crate::cuda::{CudaPool, CudaStep, warmup};
     #[pymodule_export]
     use crate::memory::Memory;
     #[pymodule_export]

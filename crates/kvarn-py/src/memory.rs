@@ -17,7 +17,7 @@ pub(crate) const VERSIONED: &CStr = c"dltensor_versioned";
 /// Name of a capsule that holds a tensor of versions before 1.0 and was not consumed.
 pub(crate) const LEGACY: &CStr = c"dltensor";
 
-/// Host memory of kvarn, to be viewed without copying by `numpy.from_dlpack` or `torch.from_dlpack`.
+/// Memory of kvarn, to be viewed without copying by `numpy.from_dlpack` or `torch.from_dlpack`.
 ///
 /// The memory lives as long as any view of it.
 #[pyclass(module = "kvarn._kvarn", frozen)]
@@ -30,6 +30,19 @@ impl Memory {
         // SAFETY: a pool's memory is mapped while its owner lives, of the shape that the view says, aligned to the
         // element, and only ever accessed through raw pointers.
         Self(unsafe { Export::new(data, element, &view.shape, false, Arc::clone(&view.owner) as _) })
+    }
+
+    /// Memory of a pool on a CUDA device.
+    pub(crate) fn of_device_pool(view: &kvarn_cuda::MemoryView, element: ElementType) -> Self {
+        let address = std::ptr::with_exposed_provenance_mut(view.address() as usize);
+        let data = NonNull::new(address).expect("device memory is not at 0");
+        let device = Device::cuda(view.owner.device().index() as i32);
+        // SAFETY: a pool's memory is provided while its owner lives, of the shape that the view says; it is an address of
+        // the device, which nobody here reads.
+        Self(
+            unsafe { Export::new(data, element, &view.shape, false, Arc::clone(&view.owner) as _) }
+                .on(device),
+        )
     }
 
     /// A table, read-only.
@@ -77,11 +90,11 @@ impl Memory {
         self.0.read_only()
     }
 
-    /// The device, as DLPack numbers it: (1, 0), the CPU.
+    /// The device, as DLPack numbers it: (1, 0) is the CPU, (2, i) the CUDA device i.
     #[pyo3(name = "__dlpack_device__")]
-    #[expect(clippy::unused_self, reason = "a method of the protocol")]
     fn dlpack_device(&self) -> (i32, i32) {
-        (Device::CPU.device_type, Device::CPU.device_id)
+        let device = self.0.device();
+        (device.device_type, device.device_id)
     }
 
     /// A DLPack capsule over this memory.
@@ -95,11 +108,13 @@ impl Memory {
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyCapsule>> {
         let refused = |text: String| PyBufferError::new_err(text);
-        if let Some(stream) = stream {
+        // Work on a pool's device memory is ordered by the streams of its steps: there is nothing to wait for here.
+        if let Some(stream) = stream.filter(|_| self.0.device().is_host()) {
             return Err(refused(format!("stream {stream}: expected None; memory of the CPU has no stream")));
         }
         if let Some(device) = dl_device.filter(|&device| device != self.dlpack_device()) {
-            let text = format!("device {device:?}: expected (1, 0), the CPU; copy the view instead");
+            let text =
+                format!("device {device:?}: expected {:?}; copy the view instead", self.dlpack_device());
             return Err(refused(text));
         }
         if copy == Some(true) {

@@ -32,16 +32,8 @@ impl Pool {
         float32: bool,
     ) -> PyResult<Self> {
         let config = config.0;
+        let layers = layer_shapes(py, layers)?;
         let number = |what, value| natural(py, Class::Shape, what, value);
-        let layers = layers
-            .into_iter()
-            .map(|(kv_heads, head_dim)| {
-                Ok(LayerShape {
-                    kv_heads: number("kv_heads", kv_heads)?,
-                    head_dim: number("head_dim", head_dim)?,
-                })
-            })
-            .collect::<PyResult<Vec<_>>>()?;
         let (pages, slots) = (number("pages", pages)?, number("slots", slots)?);
         let slot_type = if float32 { SlotType::Float32 } else { SlotType::Float16 };
         let pool = detached(py, || kvarn_cpu::Pool::new(config, &layers, pages, slots, slot_type))?;
@@ -101,22 +93,7 @@ impl Pool {
     /// Usage.
     fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
         let stats = detached(py, || Ok::<_, PoolError>(self.0.core().stats()))?;
-        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps } = stats.tables;
-        Ok(Stats {
-            pages: pages.total,
-            pages_used: pages.used,
-            pages_free: pages.free,
-            slots: slots.total,
-            slots_used: slots.used,
-            slots_free: slots.free,
-            sequences,
-            tokens,
-            open_steps,
-            page_bytes: stats.page_bytes,
-            slot_bytes: stats.slot_bytes,
-            non_finite: stats.counts.non_finite,
-            saturated: stats.counts.saturated,
-        })
+        Ok(stats.into())
     }
 
     /// `(kv_heads, head_dim)` of each layer.
@@ -151,8 +128,8 @@ impl Pool {
 /// raises StateError once the sequence is freed.
 #[pyclass(module = "kvarn", frozen)]
 pub(crate) struct Sequence {
-    core: Arc<PoolCore>,
-    id: SequenceId,
+    pub(crate) core: Arc<PoolCore>,
+    pub(crate) id: SequenceId,
 }
 
 #[pymethods]
@@ -227,6 +204,36 @@ pub(crate) struct Stats {
     non_finite: u64,
     /// Values that were beyond the range of their stored type, since the pool was made.
     saturated: u64,
+}
+
+impl From<kvarn::pool::Stats> for Stats {
+    fn from(stats: kvarn::pool::Stats) -> Self {
+        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps } = stats.tables;
+        Self {
+            pages: pages.total,
+            pages_used: pages.used,
+            pages_free: pages.free,
+            slots: slots.total,
+            slots_used: slots.used,
+            slots_free: slots.free,
+            sequences,
+            tokens,
+            open_steps,
+            page_bytes: stats.page_bytes,
+            slot_bytes: stats.slot_bytes,
+            non_finite: stats.counts.non_finite,
+            saturated: stats.counts.saturated,
+        }
+    }
+}
+
+/// Layers of `(kv_heads, head_dim)`.
+pub(crate) fn layer_shapes(py: Python<'_>, layers: Vec<(i64, i64)>) -> PyResult<Vec<LayerShape>> {
+    let number = |what, value| natural(py, Class::Shape, what, value);
+    let shape = |(kv_heads, head_dim)| {
+        Ok(LayerShape { kv_heads: number("kv_heads", kv_heads)?, head_dim: number("head_dim", head_dim)? })
+    };
+    layers.into_iter().map(shape).collect()
 }
 
 #[pymethods]

@@ -2,6 +2,8 @@
 
 use kvarn::DType;
 use kvarn_cpu::{TensorMut, TensorRef};
+use kvarn_cuda::DeviceTensor;
+use kvarn_dlpack::abi::Device;
 use kvarn_dlpack::{BorrowedTensor, ElementType, Error};
 use pyo3::prelude::*;
 
@@ -13,21 +15,57 @@ pub(crate) struct Lent<'py> {
     name: &'static str,
     object: Bound<'py, PyAny>,
     loan: Loan,
+    /// Where the memory must lie.
+    device: Device,
 }
 
 impl<'py> Lent<'py> {
     /// Borrows the argument `name`: by the C function table of its type where it has one, else by `__dlpack__`.
     pub(crate) fn new(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         let loan = lend(name, object)?;
-        Ok(Self { name, object: object.clone(), loan })
+        Ok(Self { name, object: object.clone(), loan, device: Device::CPU })
+    }
+
+    /// Borrows the argument `name`, a tensor on the CUDA device `device`.
+    pub(crate) fn on_device(name: &'static str, object: &Bound<'py, PyAny>, device: usize) -> PyResult<Self> {
+        let device = Device::cuda(device as i32);
+        let loan = lend(name, object)?;
+        if let Loan::Owned(_) = loan {
+            // What lends by capsule only would have to be told of the stream; torch lends by its function table.
+            let text =
+                format!("{name}: expected a torch tensor on {device}; convert it, as in torch.from_dlpack");
+            return Err(Class::Device.error(object.py(), text));
+        }
+        Ok(Self { name, object: object.clone(), loan, device })
+    }
+
+    /// A floating-point tensor of a device, to read or, if `output`, to write.
+    pub(crate) fn device_tensor(&self, dimensions: &str, output: bool) -> PyResult<DeviceTensor> {
+        let (view, dtype, shape, strides) = self.floats(dimensions)?;
+        if output {
+            self.check_output(&view)?;
+        }
+        // SAFETY: the lender's promise; torch keeps the memory of a tensor until work given to its stream has run.
+        Ok(unsafe { DeviceTensor::from_raw(view.data().expose_provenance() as u64, dtype, shape, strides) })
+    }
+
+    /// Address and length of a contiguous float32 tensor of a device.
+    pub(crate) fn device_floats(&self) -> PyResult<(u64, usize)> {
+        let view = self.view(|element| element == ElementType::Float32, "float32")?;
+        if !view.is_contiguous() {
+            return Err(self.wrong_strides(&view, "contiguous memory"));
+        }
+        Ok((view.data().expose_provenance() as u64, view.len()))
     }
 
     /// A checked view; `expected` says which element types are right.
     fn view(&self, right: impl Fn(ElementType) -> bool, expected: &str) -> PyResult<BorrowedTensor<'_>> {
-        let view = match &self.loan {
+        let view = match (&self.loan, self.device) {
             // SAFETY: filled in by the producer for `object`, which `self` keeps alive.
-            Loan::Borrowed(tensor) => unsafe { BorrowedTensor::from_raw(tensor, false) },
-            Loan::Owned(tensor) => tensor.view(),
+            (Loan::Borrowed(tensor), Device::CPU) => unsafe { BorrowedTensor::from_raw(tensor, false) },
+            // SAFETY: as above; only the address is used.
+            (Loan::Borrowed(tensor), device) => unsafe { BorrowedTensor::from_raw_on(device, tensor, false) },
+            (Loan::Owned(tensor), _) => tensor.view(),
         };
         let wrong_type = |data_type| {
             let text = format!(" of dtype {data_type}: expected {expected}; convert it first");
@@ -39,7 +77,7 @@ impl<'py> Lent<'py> {
             Err(Error::ElementType(data_type)) => Err(wrong_type(data_type)),
             Err(error) => {
                 let class = match error {
-                    Error::Device(_) => Class::Device,
+                    Error::Device(_) | Error::OtherDevice { .. } => Class::Device,
                     Error::Dimensions(_) => Class::Shape,
                     _ => Class::Tensor,
                 };

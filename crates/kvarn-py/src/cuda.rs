@@ -1,0 +1,283 @@
+//! `kvarn._kvarn.CudaPool` and `CudaStep`: like `Pool` and `Step`, on a device and a stream.
+
+use std::sync::Arc;
+
+use kvarn::codec::SlotType;
+use kvarn::pool::{AttendOptions, PoolError};
+use kvarn::tables::{BatchView, SequenceId};
+use kvarn_cuda::Stream;
+use kvarn_dlpack::ElementType;
+use pyo3::prelude::*;
+
+use crate::arguments::{natural, naturals};
+use crate::config::Config;
+use crate::error::{Class, detached};
+use crate::memory::Memory;
+use crate::pool::{Sequence, Stats, layer_shapes};
+use crate::tensor::Lent;
+
+const KEYS: &str = "[sum of counts, kv_heads, head_dim]";
+const QUERIES: &str = "[sum of counts, heads, head_dim]";
+
+/// The cache memory of one model on a CUDA device; see `kvarn.Pool`.
+#[pyclass(module = "kvarn._kvarn", frozen)]
+pub(crate) struct CudaPool(Arc<kvarn_cuda::Pool>);
+
+#[pymethods]
+impl CudaPool {
+    /// Reserves memory for layers of `(kv_heads, head_dim)` on the device with index `device`.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        config: &Config,
+        layers: Vec<(i64, i64)>,
+        pages: i64,
+        slots: i64,
+        float32: bool,
+        device: i64,
+    ) -> PyResult<Self> {
+        let config = config.0;
+        let layers = layer_shapes(py, layers)?;
+        let number = |what, value| natural(py, Class::Shape, what, value);
+        let (pages, slots, device) =
+            (number("pages", pages)?, number("slots", slots)?, number("device", device)?);
+        let slot_type = if float32 { SlotType::Float32 } else { SlotType::Float16 };
+        detached(py, || kvarn_cuda::Pool::new(config, &layers, pages, slots, slot_type, device)).map(Self)
+    }
+
+    /// A new, empty sequence.
+    fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
+        let id = detached(py, || Ok::<_, PoolError>(self.0.core().create()))?;
+        Ok(Sequence { core: Arc::clone(self.0.core()), id })
+    }
+
+    /// Forgets a sequence.
+    fn free(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.core().free(id))
+    }
+
+    /// Keeps the first `length` tokens.
+    fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
+        let id = sequence.get().id;
+        let length = natural(py, Class::Shape, "length", length)?;
+        detached(py, || self.0.core().truncate(id, length))
+    }
+
+    /// Plans a step; `counts` and `hold` have one entry per sequence.
+    fn step(
+        &self,
+        py: Python<'_>,
+        sequences: Vec<Bound<'_, Sequence>>,
+        counts: Vec<i64>,
+        hold: Vec<i64>,
+    ) -> PyResult<CudaStep> {
+        let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.get().id).collect();
+        let (counts, hold) = (naturals(py, "count", &counts)?, naturals(py, "hold", &hold)?);
+        detached(py, || self.0.step(&ids, &counts, &hold)).map(CudaStep)
+    }
+
+    /// Decodes a sequence in one layer to `k` and `v`, `[length, kv_heads, head_dim]`, on `stream`.
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
+    fn expand(
+        &self,
+        py: Python<'_>,
+        sequence: &Bound<'_, Sequence>,
+        layer: i64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        rotated: bool,
+        stream: usize,
+    ) -> PyResult<()> {
+        const SHAPE: &str = "[length, kv_heads, head_dim]";
+        let id = sequence.get().id;
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let device = self.0.device().index();
+        let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
+        let (k, v) = (k.device_tensor(SHAPE, true)?, v.device_tensor(SHAPE, true)?);
+        detached(py, || self.0.expand(id, layer, rotated, &k, &v, Stream::from_address(stream)))
+    }
+
+    /// Usage. Waits for the device.
+    fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
+        let stats = detached(py, || {
+            let counts = self.0.counts()?;
+            Ok::<_, kvarn_cuda::Error>(kvarn::pool::Stats { counts, ..self.0.core().stats() })
+        })?;
+        Ok(stats.into())
+    }
+
+    /// `(kv_heads, head_dim)` of each layer.
+    #[getter]
+    fn layers(&self) -> Vec<(usize, usize)> {
+        let layers = &self.0.core().layout().layers;
+        layers.iter().map(|layer| (layer.shape.kv_heads, layer.shape.head_dim)).collect()
+    }
+
+    /// Bytes of device memory that pages and slots take now.
+    #[getter]
+    fn provided_bytes(&self) -> usize {
+        self.0.provided_bytes()
+    }
+
+    /// Pages of one layer.
+    fn pages(&self, py: Python<'_>, layer: i64) -> PyResult<Memory> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let view = detached(py, || self.0.pages(layer))?;
+        Ok(Memory::of_device_pool(&view, ElementType::UInt8))
+    }
+
+    /// Slots of one layer.
+    fn slots(&self, py: Python<'_>, layer: i64) -> PyResult<Memory> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let view = detached(py, || self.0.slots(layer))?;
+        Ok(Memory::of_device_pool(&view, ElementType::Float16))
+    }
+}
+
+/// One forward pass of a batch on a device; see `kvarn.Step`. Dropped without `finish`, it is abandoned.
+#[pyclass(module = "kvarn._kvarn", frozen)]
+pub(crate) struct CudaStep(kvarn_cuda::Step);
+
+#[pymethods]
+impl CudaStep {
+    /// Stores K and V of one layer, on `stream`.
+    fn append(
+        &self,
+        py: Python<'_>,
+        layer: i64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        rotated: bool,
+        stream: usize,
+    ) -> PyResult<()> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let device = self.device();
+        let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
+        let (k, v) = (k.device_tensor(KEYS, false)?, v.device_tensor(KEYS, false)?);
+        detached(py, || self.0.append(layer, &k, &v, rotated, Stream::from_address(stream)))
+    }
+
+    /// Attention of `q` over what is stored, to `out`, and `lse` if given, on `stream`.
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
+    fn attend(
+        &self,
+        py: Python<'_>,
+        layer: i64,
+        q: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        lse: Option<&Bound<'_, PyAny>>,
+        scale: Option<f32>,
+        window: Option<i64>,
+        softcap: Option<f32>,
+        sink_logits: Option<&Bound<'_, PyAny>>,
+        rotated: bool,
+        stream: usize,
+    ) -> PyResult<()> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let window = window.map(|window| natural(py, Class::Shape, "window", window)).transpose()?;
+        let device = self.device();
+        let (q, out) = (Lent::on_device("q", q, device)?, Lent::on_device("out", out, device)?);
+        let (q, out) = (q.device_tensor(QUERIES, false)?, out.device_tensor(QUERIES, true)?);
+        let floats = |name, object: Option<&Bound<'_, PyAny>>| {
+            object.map(|object| Lent::on_device(name, object, device)?.device_floats()).transpose()
+        };
+        let (lse, sink_logits) = (floats("lse", lse)?, floats("sink_logits", sink_logits)?);
+        let options = AttendOptions { scale, window, softcap, rotated };
+        let stream = Stream::from_address(stream);
+        // SAFETY: torch keeps the memory of a tensor until work given to its stream has run.
+        detached(py, || unsafe { self.0.attend(layer, &q, &options, sink_logits, &out, lse, stream) })
+    }
+
+    /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
+    fn stored(&self, py: Python<'_>, layer: i64, index: i64) -> PyResult<usize> {
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let index = natural(py, Class::Shape, "index", index)?;
+        detached(py, || self.0.open().stored(layer, index))
+    }
+
+    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
+    fn expand(
+        &self,
+        py: Python<'_>,
+        layer: i64,
+        index: i64,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        rotated: bool,
+        stream: usize,
+    ) -> PyResult<()> {
+        const SHAPE: &str = "[stored, kv_heads, head_dim]";
+        let layer = natural(py, Class::Shape, "layer", layer)?;
+        let index = natural(py, Class::Shape, "index", index)?;
+        let device = self.device();
+        let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
+        let (k, v) = (k.device_tensor(SHAPE, true)?, v.device_tensor(SHAPE, true)?);
+        detached(py, || self.0.expand(layer, index, rotated, &k, &v, Stream::from_address(stream)))
+    }
+
+    /// Makes the step the state of its sequences.
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.open().finish())
+    }
+
+    /// Takes the step back.
+    fn abandon(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.open().abandon();
+            Ok::<_, PoolError>(())
+        })
+    }
+
+    /// New tokens of all sequences.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.0.open().plan().tokens
+    }
+
+    /// First row of each sequence, then `tokens`: int32 `[sequences + 1]`, on the host.
+    #[getter]
+    fn first_rows(&self) -> Memory {
+        let rows = &self.0.open().plan().first_rows;
+        Memory::of_table(rows, &[rows.len()])
+    }
+
+    /// Page of each tile after append: int32 `[sequences, tiles]`, on the host.
+    #[getter]
+    fn block_table(&self) -> Memory {
+        let batch = self.batch();
+        Memory::of_table(&batch.block_table, &[batch.lengths.len(), batch.tiles])
+    }
+
+    /// Slot of each tile after append: int32 `[sequences, tiles]`, on the host.
+    #[getter]
+    fn slot_table(&self) -> Memory {
+        let batch = self.batch();
+        Memory::of_table(&batch.slot_table, &[batch.lengths.len(), batch.tiles])
+    }
+
+    /// Tokens of each sequence after the step: int32 `[sequences]`, on the host.
+    #[getter]
+    fn lengths(&self) -> Memory {
+        let batch = self.batch();
+        Memory::of_table(&batch.lengths, &[batch.lengths.len()])
+    }
+}
+
+impl CudaStep {
+    fn batch(&self) -> BatchView {
+        self.0.open().plan().batch_after()
+    }
+
+    fn device(&self) -> usize {
+        self.0.pool().device().index()
+    }
+}
+
+/// Makes a device ready: context, kernels. Before a graph capture, or to have the time it takes early.
+#[pyfunction]
+pub(crate) fn warmup(py: Python<'_>, device: i64) -> PyResult<()> {
+    let device = natural(py, Class::Shape, "device", device)?;
+    detached(py, || kvarn_cuda::warmup(device))
+}
