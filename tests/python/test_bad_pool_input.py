@@ -50,11 +50,11 @@ def refused(error, text):
         ({"dtype": torch.int8}, DTypeError, "dtype int8: expected"),
         ({"dtype": np.float64}, DTypeError, "dtype float64: expected"),
         (
-            {"device": "cuda"},
+            {"device": "cuda:x"},
             DeviceError,
-            "device 'cuda': expected 'cpu'; this version of kvarn has a CPU backend only",
+            "device 'cuda:x': expected 'cpu', 'cuda' or 'cuda:N'",
         ),
-        ({"device": torch.device("meta")}, DeviceError, "device 'meta': expected 'cpu'"),
+        ({"device": torch.device("meta")}, DeviceError, "device 'meta': expected 'cpu', 'cuda' or 'cuda:N'"),
     ],
 )
 def test_pools_are_refused(changes, error, text):

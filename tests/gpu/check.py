@@ -1,0 +1,459 @@
+"""Correctness of the CUDA backend, on a machine with a GPU: `python tests/gpu/check.py [--full]`.
+
+Every case runs the same steps on a CPU pool and on a CUDA pool. Checked are the slots (bit by bit), the records (through
+the numeric contract), the output of attention before and after append (against float64 over what the CUDA pool stores),
+expansion, and that results repeat bit by bit. Ends with counts; the exit status is 1 if anything failed.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+
+import kvarn
+from kvarn.reference import contract
+
+DEVICE = "cuda"
+PAIRS = [(4, 2), (4, 4), (3, 3), (2, 2), (8, 4), (8, 8)]
+
+
+class Counts:
+    """What was checked, and what failed."""
+
+    def __init__(self):
+        self.cases = self.vectors = self.matrices = self.failed = 0
+        self.errors = []
+
+    def fail(self, text):
+        self.failed += 1
+        print(f"FAILED {text}", flush=True)
+
+
+COUNTS = Counts()
+
+
+def attend_f64(q, k, v, start, *, scale, window, softcap, sinks, half=False):
+    """q [n, heads, D] at positions start…, k and v [m, kv_heads, D]: outputs and log-sum-exps in float64.
+
+    `half`: as a 16-bit cache of the same values would give it (K, V and probabilities rounded to half).
+    """
+    n, heads, _ = q.shape
+    group = heads // k.shape[1]
+    if half:
+        k, v = k.half().double(), v.half().double()
+    k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+    x = torch.einsum("nhd,hmd->hnm", q, k) * scale
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    position = torch.arange(start, start + n, device=q.device)[:, None]
+    key = torch.arange(k.shape[1], device=q.device)[None]
+    seen = key <= position
+    if window:
+        seen &= key > position - window
+    x = x.masked_fill(~seen, -math.inf)
+    top = x.amax(-1, keepdim=True) if x.shape[-1] else x.new_full((heads, n, 1), -math.inf)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.double()[:, None, None])
+    top = torch.where(torch.isinf(top), 0.0, top)
+    p = torch.exp(x - top)
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.double()[:, None, None] - top)
+    out = (p.half().double() if half else p) @ v / torch.where(total == 0, 1.0, total)
+    return out.transpose(0, 1), (top + torch.log(total)).squeeze(-1).transpose(0, 1), v
+
+
+class Twin:
+    """A CPU pool and a CUDA pool that take the same steps."""
+
+    def __init__(
+        self, *, d, g, bits, kv, dtype, sinks=None, recent=0, refit=True, seed=0, pages=96, slots=64
+    ):
+        self.cfg = kvarn.Config(
+            key_bits=bits[0],
+            value_bits=bits[1],
+            group=g,
+            head_dim=d,
+            sink_tokens=sinks,
+            recent_tokens=recent,
+            refit=refit,
+        )
+        shape = {"layers": 2, "kv_heads": kv, "pages": pages, "slots": slots}
+        self.cpu = kvarn.Pool(self.cfg, **shape)
+        self.gpu = kvarn.Pool(self.cfg, **shape, device=DEVICE)
+        self.kv, self.dtype, self.random = kv, dtype, torch.Generator(device=DEVICE).manual_seed(seed)
+        self.sequences = []
+
+    def normal(self, *shape, scale=1.0):
+        return (torch.randn(*shape, generator=self.random, device=DEVICE) * scale).to(self.dtype)
+
+    def create(self):
+        self.sequences.append((self.cpu.create(), self.gpu.create()))
+        return len(self.sequences) - 1
+
+    def step(
+        self,
+        which,
+        counts,
+        hold,
+        *,
+        group,
+        scale=1.0,
+        options=None,
+        sinks=None,
+        compare=True,
+        attend=True,
+        hostile=None,
+    ):
+        """One step; returns the outputs of attention after append in layer 0."""
+        options = dict(options or {})
+        rows, d = sum(counts), self.cfg.head_dim
+        starts = [self.sequences[i][0].length for i in which]
+        cpu = self.cpu.step([self.sequences[i][0] for i in which], counts, hold)
+        gpu = self.gpu.step([self.sequences[i][1] for i in which], counts, hold)
+        outputs = None
+        for layer in range(2):
+            k, v = self.normal(rows, self.kv, d, scale=scale), self.normal(rows, self.kv, d, scale=scale)
+            k[:, :, ::17] *= 6
+            q = self.normal(rows, self.kv * group, d, scale=1 / scale)
+            if hostile:
+                hostile(k, v)
+            if not attend:
+                cpu.append(layer, k.cpu(), v.cpu())
+                gpu.append(layer, k, v)
+                continue
+            before, lse_before = gpu.attend(layer, q, **options, sink_logits=sinks, return_lse=True)
+            if compare:
+                self.compare(
+                    cpu, gpu, layer, which, starts, counts, q, before, lse_before, False, options, sinks
+                )
+            cpu.append(layer, k.cpu(), v.cpu())
+            gpu.append(layer, k, v)
+            after, lse = gpu.attend(layer, q, **options, sink_logits=sinks, return_lse=True)
+            again, lse_again = gpu.attend(layer, q, **options, sink_logits=sinks, return_lse=True)
+            if not (torch.equal(nan0(after), nan0(again)) and torch.equal(nan0(lse), nan0(lse_again))):
+                COUNTS.fail(f"{self.cfg} attend is not repeatable")
+            if compare:
+                self.compare(cpu, gpu, layer, which, starts, counts, q, after, lse, True, options, sinks)
+            outputs = after if layer == 0 else outputs
+        cpu.finish()
+        gpu.finish()
+        return outputs
+
+    def compare(self, cpu, gpu, layer, which, starts, counts, q, out, lse, appended, options, sinks):
+        torch.cuda.synchronize()
+        cfg, row, d = self.cfg, 0, self.cfg.head_dim
+        # What is stored on the device, decoded in float32 by the CPU.
+        self.copy_to_cpu(layer)
+        scale = options.get("scale") or 1 / math.sqrt(d)
+        for index in range(len(which)):
+            k, v = (x.to(DEVICE).double() for x in cpu.expand(layer, index, like=torch.zeros(1)))
+            n = counts[index]
+            if n == 0:
+                continue
+            qs, os, ls = q[row : row + n].double(), out[row : row + n].double(), lse[row : row + n].double()
+            keyword = {
+                "scale": scale,
+                "window": options.get("window"),
+                "softcap": options.get("softcap"),
+                "sinks": sinks,
+            }
+            expected, expected_lse, values = attend_f64(qs, k, v, starts[index], **keyword)
+            e16 = (attend_f64(qs, k, v, starts[index], **keyword, half=True)[0] - expected).norm(dim=-1)
+            size = (
+                torch.maximum(expected.norm(dim=-1), values.pow(2).mean().sqrt() * 1e-3 * math.sqrt(d))
+                if len(k)
+                else 1.0
+            )
+            error = (os - expected).norm(dim=-1) / size
+            # A bfloat16 output is rounded to 8 bits: half an ulp of each element is 2^-9 relative.
+            limit = torch.clamp(3 * e16 / size, min=2e-3) + (3e-3 if self.dtype == torch.bfloat16 else 0)
+            bad = ~(error <= limit)
+            if len(k) == 0 and sinks is None:
+                bad |= ~torch.isneginf(ls)
+            else:
+                bad |= ~((ls == expected_lse) | ((ls - expected_lse).abs() <= 1e-2))
+            COUNTS.vectors += error.numel()
+            COUNTS.errors.append(float(error.median()))
+            if bad.any():
+                where = "after" if appended else "before"
+                COUNTS.fail(
+                    f"{cfg} {self.dtype} {where} append, start {starts[index]}, {n} new, options {options}: "
+                    f"{int(bad.sum())} of {bad.numel()} vectors, worst {float(error.max()):.1e}"
+                )
+            # Expansion on the device, against the same values.
+            if appended and layer == 1:
+                k2, v2 = gpu.expand(layer, index)
+                for name, a, b in (("k", k2, k), ("v", v2, v)):
+                    largest = b.abs().amax(-1, keepdim=True)
+                    tolerance = 2.0**-10 * b.abs() + 4e-5 * largest + 6e-8
+                    if ((a.double() - b).abs() > tolerance).any():
+                        worst = float(((a.double() - b).abs() / tolerance).max())
+                        COUNTS.fail(f"{cfg} expand of {name}: {worst:.2f} tolerances")
+            row += n
+
+    def copy_to_cpu(self, layer):
+        """Checks that both pools hold the same slots, then makes the CPU pool hold the CUDA pool's bytes."""
+        here, there = (torch.from_dlpack(pool.slots[layer]) for pool in (self.cpu, self.gpu))
+        there = there.cpu()
+        if not torch.equal(here.view(torch.int16), there.view(torch.int16)):
+            COUNTS.fail(f"{self.cfg} layer {layer}: slots differ")
+        here.copy_(there)
+        here, there = (torch.from_dlpack(pool.pages[layer]) for pool in (self.cpu, self.gpu))
+        here.copy_(there.cpu())
+
+
+def nan0(x):
+    return torch.nan_to_num(x, nan=12345.0)
+
+
+def case(
+    name, steps, *, group=4, sequences=1, scale=1.0, options=None, sink_logits=False, hostile=None, **twin
+):
+    started = time.time()
+    made = Twin(**twin)
+    which = [made.create() for _ in range(sequences)]
+    sinks = torch.linspace(-2, 2, made.kv * group, device=DEVICE) if sink_logits else None
+    for counts, hold in steps:
+        made.step(
+            which, counts, hold, group=group, scale=scale, options=options, sinks=sinks, hostile=hostile
+        )
+    COUNTS.cases += 1
+    print(f"{name}: {time.time() - started:.1f} s", flush=True)
+
+
+def check_encoders():
+    """Records of every bit width, head dim and tile length, through the numeric contract."""
+    verdicts = {}
+    for bits, d, g, refit in itertools.product(PAIRS, (64, 96, 128, 256), (64, 128), (True, False)):
+        cfg = kvarn.Config(
+            key_bits=bits[0], value_bits=bits[1], group=g, head_dim=d, sink_tokens=0, refit=refit
+        )
+        pool = kvarn.Pool(cfg, layers=1, kv_heads=2, pages=8, slots=4, device=DEVICE)
+        random = torch.Generator(device=DEVICE).manual_seed(d + g + bits[0])
+        k, v = (torch.randn(3 * g, 2, d, generator=random, device=DEVICE) for _ in range(2))
+        k *= torch.exp(0.7 * torch.randn(1, 2, d, generator=random, device=DEVICE))
+        v *= torch.exp(0.5 * torch.randn(3 * g, 2, 1, generator=random, device=DEVICE))
+        k, v = k.half(), v.half()
+        sequence = pool.create()
+        for first, count in (
+            (0, g),
+            (g, g // 2 + 3),
+            (2 * g - g // 2 + 3, g),
+        ):  # whole tiles, and through a slot
+            with pool.step([sequence], [count]) as step:
+                step.append(0, k[first : first + count], v[first : first + count], rotated=True)
+        stored = torch.cat([k[:g], k[g : g + g // 2 + 3], k[2 * g - g // 2 + 3 :][:g]]).float().cpu().numpy()
+        values = torch.cat([v[:g], v[g : g + g // 2 + 3], v[2 * g - g // 2 + 3 :][:g]]).float().cpu().numpy()
+        pages = torch.from_dlpack(pool.pages[0]).cpu().numpy()
+        for tile, page in enumerate(np.from_dlpack(sequence.block_table)):
+            if page < 0:
+                continue
+            for head in range(2):
+                rows = slice(tile * g, (tile + 1) * g)
+                judged = contract.judge(stored[rows, head], values[rows, head], pages[page, head], cfg)
+                for verdict, width in zip(judged, bits, strict=True):
+                    verdicts.setdefault(width, []).append(verdict)
+                    COUNTS.matrices += 1
+                    if not verdict.passed:
+                        COUNTS.fail(f"{cfg} tile {tile} head {head}: {verdict}")
+    for width, found in sorted(verdicts.items()):
+        print(
+            f"encoders, {width} bit: {len(found)} matrices, codes off {contract.mismatch_rate(found):.1e}",
+            flush=True,
+        )
+    COUNTS.cases += 1
+
+
+def check_residues(full):
+    """Every length modulo G, at two shapes."""
+    for d, g, bits, group in ((128, 128, (4, 2), 4), (64, 64, (3, 3), 2)):
+        made = Twin(d=d, g=g, bits=bits, kv=2, dtype=torch.float16, seed=d)
+        i = made.create()
+        made.step([i], [2 * g - 3], 0, group=group)
+        for _ in range(g + 5):
+            made.step([i], [1], 0, group=group, compare=full or made.sequences[i][0].length % 5 == 0)
+        COUNTS.cases += 1
+    print("residues: done", flush=True)
+
+
+def check_pairs(full):
+    """Bits, head dims, groups, ratios, query lengths, types, windows: each pair of values occurs."""
+    dims, ratios, news = (128, 64, 96, 256), (1, 2, 3, 4, 5, 7, 8, 16), (1, 2, 4, 16, 40)
+    variants = ({}, {"window": 100}, {"softcap": 20.0}, {"window": 1}, {"scale": 0.1})
+    grid = list(itertools.product(PAIRS, dims, (128, 64)))
+    for index, (bits, d, g) in enumerate(grid):
+        if not full and index % 2 == 1 and d != 128:
+            continue
+        ratio = ratios[index % len(ratios)]
+        ratio = min(ratio, 8) if d == 256 else ratio
+        new = news[index % len(news)]
+        case(
+            f"k{bits[0]}v{bits[1]} d{d} g{g} ratio {ratio} new {new}",
+            [([3 * g + 7, 70, 1], 0), ([new, 1, g], [min(new, 3), 0, 0]), ([1, 1, 1], 0)],
+            sequences=3,
+            d=d,
+            g=g,
+            bits=bits,
+            kv=1 + index % 2,
+            group=ratio,
+            dtype=torch.bfloat16 if index % 3 == 1 else torch.float16,
+            sinks=(None, 0, 16)[index % 3],
+            recent=(0, 0, 40)[index % 3],
+            options=variants[index % len(variants)],
+            sink_logits=index % 4 == 2,
+            seed=index,
+        )
+
+
+def check_scales():
+    for scale in (1e-3, 30.0, 300.0, 1000.0):
+        case(
+            f"scale {scale}",
+            [([300], 0), ([2], 0)],
+            d=128,
+            g=128,
+            bits=(4, 2),
+            kv=2,
+            dtype=torch.float16,
+            scale=scale,
+        )
+
+
+def check_long(full):
+    for length in (9_000, 40_000, *((140_000,) if full else ())):
+        made = Twin(
+            d=128, g=128, bits=(4, 2), kv=1, dtype=torch.float16, pages=length // 128 + 4, seed=length
+        )
+        i = made.create()
+        # The prompt's own attention is not compared: float64 scores would not fit.
+        made.step([i], [length], 0, group=4, compare=False, attend=False)
+        made.step([i], [1], 0, group=4)
+        COUNTS.cases += 1
+        print(f"length {length}: done", flush=True)
+
+
+def check_batch_invariance():
+    """The same bits alone and in a batch."""
+    alone, batch = (Twin(d=128, g=128, bits=(4, 2), kv=2, dtype=torch.float16, seed=5) for _ in range(2))
+    a = alone.gpu.create()
+    b, c = batch.gpu.create(), batch.gpu.create()
+    for count in (900, 1, 1, 30):
+        k, v = alone.normal(count, 2, 128), alone.normal(count, 2, 128)
+        q = alone.normal(count, 8, 128)
+        k2, v2, q2 = alone.normal(33, 2, 128), alone.normal(33, 2, 128), alone.normal(33, 8, 128)
+        one, two = alone.gpu.step([a], [count]), batch.gpu.step([c, b], [33, count])
+        outs = []
+        for layer in range(2):
+            one.append(layer, k, v)
+            two.append(layer, torch.cat([k2, k]), torch.cat([v2, v]))
+            outs.append((one.attend(layer, q), two.attend(layer, torch.cat([q2, q]))[33:]))
+        one.finish()
+        two.finish()
+        if not all(torch.equal(x, y) for x, y in outs):
+            COUNTS.fail(f"alone and in a batch differ at {count} new tokens")
+    COUNTS.cases += 1
+    print("batch invariance: done", flush=True)
+
+
+def check_nan_stays():
+    """NaN and infinities in one head of one token change nothing elsewhere, and are counted."""
+
+    def hostile(k, v):
+        k[3, 0, 5] = math.nan
+        v[4, 0, 7] = math.inf
+
+    clean, bad = (Twin(d=128, g=128, bits=(4, 2), kv=2, dtype=torch.float16, seed=9) for _ in range(2))
+    outs = [t.step([t.create()], [200], 0, group=4, hostile=h) for t, h in ((clean, None), (bad, hostile))]
+    if not torch.equal(outs[0][:, 4:], outs[1][:, 4:]) or not torch.isfinite(outs[1]).all():
+        COUNTS.fail("a NaN spread beyond its head")
+    if bad.gpu.stats().non_finite != 4:
+        COUNTS.fail(f"{bad.gpu.stats().non_finite} non-finite elements counted: expected 4")
+    COUNTS.cases += 1
+
+
+def check_graph():
+    """Attention in a captured graph gives the bits of the eager call."""
+    made = Twin(d=128, g=128, bits=(4, 2), kv=2, dtype=torch.float16, seed=11)
+    sequence = made.gpu.create()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step = made.gpu.step([sequence], [700])
+        q = made.normal(700, 8, 128)
+        for layer in range(2):
+            step.append(layer, made.normal(700, 2, 128), made.normal(700, 2, 128))
+        eager = step.attend(0, q)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step.attend(0, q)
+        captured.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        if not torch.equal(eager, captured):
+            COUNTS.fail("graph and eager differ")
+        step.finish()
+    COUNTS.cases += 1
+
+
+def check_large_offsets():
+    """Records beyond 2^31 bytes: the last tile of a sequence that fills 2.4 GB of pages."""
+    cfg = kvarn.Config("kvarn_k4v2_g128", head_dim=128, sink_tokens=0)
+    pages = 2_400_000_000 // (8 * cfg.record_bytes)
+    pool = kvarn.Pool(cfg, layers=1, kv_heads=8, pages=pages, slots=4, device=DEVICE)
+    first, last = pool.create(), pool.create()
+    k = torch.randn(128 * 256, 8, 128, device=DEVICE, dtype=torch.float16)
+    left = pages - 256
+    while left > 0:
+        n = min(left, 256) * 128
+        with pool.step([first], [n]) as step:
+            step.append(0, k[:n], k[:n])
+        left -= 256
+    with pool.step([last], [128 * 256]) as step:
+        step.append(0, k, k)
+    q = torch.randn(1, 32, 128, device=DEVICE, dtype=torch.float16)
+    one = torch.randn(1, 8, 128, device=DEVICE, dtype=torch.float16)
+    with pool.step([last], [1]) as step:
+        step.append(0, one, one)
+        out = step.attend(0, q)
+    kk, vv = (x.double() for x in pool.expand(last, 0))
+    expected, _, _ = attend_f64(
+        q.double(), kk, vv, 128 * 256, scale=128**-0.5, window=None, softcap=None, sinks=None
+    )
+    error = ((out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+    block = int(np.from_dlpack(last.block_table).max())
+    if not error < 5e-3 or block * 8 * cfg.record_bytes < 2**31:
+        COUNTS.fail(f"beyond 2^31 bytes: error {float(error):.1e} at page {block}")
+    COUNTS.cases += 1
+    print(f"large offsets: page {block}, error {float(error):.1e}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--full", action="store_true", help="compare at every residue, every combination, 140 K tokens"
+    )
+    full = parser.parse_args().full
+    print(f"kvarn {kvarn.__version__} on {torch.cuda.get_device_name()}", flush=True)
+    check_encoders()
+    check_pairs(full)
+    check_scales()
+    check_batch_invariance()
+    check_nan_stays()
+    check_graph()
+    check_residues(full)
+    check_long(full)
+    check_large_offsets()
+    print(
+        f"{COUNTS.cases} cases, {COUNTS.vectors} output vectors "
+        f"(median of medians {np.median(COUNTS.errors):.1e}), "
+        f"{COUNTS.matrices} matrices judged, {COUNTS.failed} failed"
+    )
+    sys.exit(COUNTS.failed > 0)
+
+
+if __name__ == "__main__":
+    main()
