@@ -150,9 +150,9 @@ impl AttendPlan {
 /// ones, so that fewer partial results are written.
 fn item_tiles(tokens: usize, group: usize) -> usize {
     let tokens_per_item = match tokens {
-        0..=8_192 => 512,
-        8_193..=32_768 => 1_024,
-        32_769..=131_072 => 2_048,
+        0..=4_096 => 512,
+        4_097..=16_384 => 1_024,
+        16_385..=65_536 => 2_048,
         _ => 4_096,
     };
     (tokens_per_item / group).min(ITEM_TILES)
