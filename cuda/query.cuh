@@ -69,15 +69,16 @@ __device__ __forceinline__ void rotate_warp(float (&v)[D / 32], int lane) {
   rotate_registers<D / 32>(v);
 }
 
-// Queries in shared memory before they are rounded: [8 NT][D], and the largest magnitude of each column.
+// Queries in shared memory before they are rounded: [8 NT][stride], and the largest magnitude of each column.
 template <int D, int NT>
 struct QueryRows {
-  static constexpr int bytes = 8 * NT * (D + 1) * 4;
+  static constexpr int stride = D + 8;  // keeps the columns of a fragment apart in the banks
+  static constexpr int bytes = 8 * NT * (stride + 1) * 4;
   float* values;
   float* largest;
 
   __device__ __forceinline__ explicit QueryRows(unsigned char* memory)
-      : values(reinterpret_cast<float*>(memory)), largest(values + 8 * NT * D) {}
+      : values(reinterpret_cast<float*>(memory)), largest(values + 8 * NT * stride) {}
 
   // Loads, rotates and scales. All warps take part.
   template <int Warps>
@@ -99,7 +100,7 @@ struct QueryRows {
       for (int i = 0; i < D / 32; i++) {
         v[i] *= p.scale * kLog2E;
         m = fmaxf(m, fabsf(v[i]));  // drops NaN
-        values[column * D + 32 * i + lane] = v[i];
+        values[column * stride + 32 * i + lane] = v[i];
       }
 #pragma unroll
       for (int o = 1; o < 32; o *= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, o));
@@ -126,7 +127,7 @@ struct QueryRows {
     const float factor = __uint_as_float(uint32_t(127 + shift) << 23);
     for (int at = threadIdx.x; at < NT * (D / 32) * 32; at += blockDim.x) {
       const int lane = at % 32, j = at / 32 % (D / 32), block = at / 32 / (D / 32);
-      const float* row = values + (block * 8 + lane / 4) * D + 32 * j;
+      const float* row = values + (block * 8 + lane / 4) * stride + 32 * j;
       uint32_t f[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {

@@ -82,7 +82,7 @@ impl AttendGeometry {
         let merge = warps * 8 * blocks * (d + 6) * 4;
         let barriers = if ring > merge { ring } else { merge + 15 } / 16 * 16;
         let fragments = barriers + 128;
-        let shared = fragments + blocks * (d / 32) * 512 + 8 * blocks * (d + 1) * 4;
+        let shared = fragments + blocks * (d / 32) * 512 + 8 * blocks * (d + 9) * 4;
         Some(Self { blocks, threads: 32 * warps as u32, shared: shared as u32 })
     }
 
