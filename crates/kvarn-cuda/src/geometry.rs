@@ -97,3 +97,6 @@ impl AttendGeometry {
         format!("kvarn_attend_d{}_g{}_k{k}v{v}_n{}", config.head_dim(), config.group(), self.blocks)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -190,3 +190,6 @@ fn pieces(view: &SequenceView, rule: &SealRule, low: usize, high: usize) -> Vec<
     }
     pieces
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,21 +3,19 @@
 use std::sync::Arc;
 
 use kvarn::codec::SlotType;
-use kvarn::pool::{AttendOptions, PoolError};
-use kvarn::tables::{BatchView, SequenceId};
+use kvarn::pool::AttendOptions;
 use kvarn_cuda::Stream;
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
 
-use crate::arguments::{natural, naturals};
+use crate::arguments::natural;
 use crate::config::Config;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
-use crate::pool::{Sequence, Stats, layer_shapes};
+use crate::open_step::{self, KEYS, QUERIES};
+use crate::pool::{Sequence, Stats};
+use crate::pool_core;
 use crate::tensor::Lent;
-
-const KEYS: &str = "[sum of counts, kv_heads, head_dim]";
-const QUERIES: &str = "[sum of counts, heads, head_dim]";
 
 /// The cache memory of one model on a CUDA device; see `kvarn.Pool`.
 #[pyclass(module = "kvarn._kvarn", frozen)]
@@ -37,7 +35,7 @@ impl CudaPool {
         device: i64,
     ) -> PyResult<Self> {
         let config = config.0;
-        let layers = layer_shapes(py, layers)?;
+        let layers = pool_core::layer_shapes(py, layers)?;
         let number = |what, value| natural(py, Class::Shape, what, value);
         let (pages, slots, device) =
             (number("pages", pages)?, number("slots", slots)?, number("device", device)?);
@@ -47,21 +45,17 @@ impl CudaPool {
 
     /// A new, empty sequence.
     fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
-        let id = detached(py, || Ok::<_, PoolError>(self.0.core().create()))?;
-        Ok(Sequence { core: Arc::clone(self.0.core()), id })
+        pool_core::create(py, self.0.core())
     }
 
     /// Forgets a sequence.
     fn free(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
-        let id = sequence.get().id;
-        detached(py, || self.0.core().free(id))
+        pool_core::free(py, self.0.core(), sequence)
     }
 
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
-        let id = sequence.get().id;
-        let length = natural(py, Class::Shape, "length", length)?;
-        detached(py, || self.0.core().truncate(id, length))
+        pool_core::truncate(py, self.0.core(), sequence, length)
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -72,8 +66,7 @@ impl CudaPool {
         counts: Vec<i64>,
         hold: Vec<i64>,
     ) -> PyResult<CudaStep> {
-        let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.get().id).collect();
-        let (counts, hold) = (naturals(py, "count", &counts)?, naturals(py, "hold", &hold)?);
+        let (ids, counts, hold) = pool_core::batch(py, &sequences, &counts, &hold)?;
         detached(py, || self.0.step(&ids, &counts, &hold)).map(CudaStep)
     }
 
@@ -110,8 +103,7 @@ impl CudaPool {
     /// `(kv_heads, head_dim)` of each layer.
     #[getter]
     fn layers(&self) -> Vec<(usize, usize)> {
-        let layers = &self.0.core().layout().layers;
-        layers.iter().map(|layer| (layer.shape.kv_heads, layer.shape.head_dim)).collect()
+        pool_core::layers(self.0.core())
     }
 
     /// Bytes of device memory that pages and slots take now.
@@ -191,9 +183,7 @@ impl CudaStep {
 
     /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
     fn stored(&self, py: Python<'_>, layer: i64, index: i64) -> PyResult<usize> {
-        let layer = natural(py, Class::Shape, "layer", layer)?;
-        let index = natural(py, Class::Shape, "index", index)?;
-        detached(py, || self.0.open().stored(layer, index))
+        open_step::stored(py, self.0.open(), layer, index)
     }
 
     /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
@@ -219,15 +209,12 @@ impl CudaStep {
 
     /// Makes the step the state of its sequences.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || self.0.open().finish())
+        open_step::finish(py, self.0.open())
     }
 
     /// Takes the step back.
     fn abandon(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || {
-            self.0.open().abandon();
-            Ok::<_, PoolError>(())
-        })
+        open_step::abandon(py, self.0.open())
     }
 
     /// New tokens of all sequences.
@@ -239,37 +226,29 @@ impl CudaStep {
     /// First row of each sequence, then `tokens`: int32 `[sequences + 1]`, on the host.
     #[getter]
     fn first_rows(&self) -> Memory {
-        let rows = &self.0.open().plan().first_rows;
-        Memory::of_table(rows, &[rows.len()])
+        open_step::first_rows(self.0.open())
     }
 
     /// Page of each tile after append: int32 `[sequences, tiles]`, on the host.
     #[getter]
     fn block_table(&self) -> Memory {
-        let batch = self.batch();
-        Memory::of_table(&batch.block_table, &[batch.lengths.len(), batch.tiles])
+        open_step::block_table(self.0.open())
     }
 
     /// Slot of each tile after append: int32 `[sequences, tiles]`, on the host.
     #[getter]
     fn slot_table(&self) -> Memory {
-        let batch = self.batch();
-        Memory::of_table(&batch.slot_table, &[batch.lengths.len(), batch.tiles])
+        open_step::slot_table(self.0.open())
     }
 
     /// Tokens of each sequence after the step: int32 `[sequences]`, on the host.
     #[getter]
     fn lengths(&self) -> Memory {
-        let batch = self.batch();
-        Memory::of_table(&batch.lengths, &[batch.lengths.len()])
+        open_step::lengths(self.0.open())
     }
 }
 
 impl CudaStep {
-    fn batch(&self) -> BatchView {
-        self.0.open().plan().batch_after()
-    }
-
     fn device(&self) -> usize {
         self.0.pool().device().index()
     }

@@ -12,7 +12,9 @@ mod cuda;
 mod error;
 mod lend;
 mod memory;
+mod open_step;
 mod pool;
+mod pool_core;
 mod step;
 mod tensor;
 

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use kvarn::codec::SlotType;
-use kvarn::pool::{LayerShape, PoolCore, PoolError};
+use kvarn::pool::{PoolCore, PoolError};
 use kvarn::tables::{SequenceId, SequenceView};
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
 
-use crate::arguments::{natural, naturals};
+use crate::arguments::natural;
 use crate::config::Config;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
+use crate::pool_core;
 use crate::step::Step;
 use crate::tensor::Lent;
 
@@ -32,7 +33,7 @@ impl Pool {
         float32: bool,
     ) -> PyResult<Self> {
         let config = config.0;
-        let layers = layer_shapes(py, layers)?;
+        let layers = pool_core::layer_shapes(py, layers)?;
         let number = |what, value| natural(py, Class::Shape, what, value);
         let (pages, slots) = (number("pages", pages)?, number("slots", slots)?);
         let slot_type = if float32 { SlotType::Float32 } else { SlotType::Float16 };
@@ -42,21 +43,17 @@ impl Pool {
 
     /// A new, empty sequence.
     fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
-        let id = detached(py, || Ok::<_, PoolError>(self.0.core().create()))?;
-        Ok(Sequence { core: Arc::clone(self.0.core()), id })
+        pool_core::create(py, self.0.core())
     }
 
     /// Forgets a sequence.
     fn free(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
-        let id = sequence.get().id;
-        detached(py, || self.0.core().free(id))
+        pool_core::free(py, self.0.core(), sequence)
     }
 
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
-        let id = sequence.get().id;
-        let length = natural(py, Class::Shape, "length", length)?;
-        detached(py, || self.0.core().truncate(id, length))
+        pool_core::truncate(py, self.0.core(), sequence, length)
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -67,8 +64,7 @@ impl Pool {
         counts: Vec<i64>,
         hold: Vec<i64>,
     ) -> PyResult<Step> {
-        let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.get().id).collect();
-        let (counts, hold) = (naturals(py, "count", &counts)?, naturals(py, "hold", &hold)?);
+        let (ids, counts, hold) = pool_core::batch(py, &sequences, &counts, &hold)?;
         detached(py, || self.0.step(&ids, &counts, &hold)).map(Step)
     }
 
@@ -99,8 +95,7 @@ impl Pool {
     /// `(kv_heads, head_dim)` of each layer.
     #[getter]
     fn layers(&self) -> Vec<(usize, usize)> {
-        let layers = &self.0.core().layout().layers;
-        layers.iter().map(|layer| (layer.shape.kv_heads, layer.shape.head_dim)).collect()
+        pool_core::layers(self.0.core())
     }
 
     /// Pages of one layer.
@@ -225,15 +220,6 @@ impl From<kvarn::pool::Stats> for Stats {
             saturated: stats.counts.saturated,
         }
     }
-}
-
-/// Layers of `(kv_heads, head_dim)`.
-pub(crate) fn layer_shapes(py: Python<'_>, layers: Vec<(i64, i64)>) -> PyResult<Vec<LayerShape>> {
-    let number = |what, value| natural(py, Class::Shape, what, value);
-    let shape = |(kv_heads, head_dim)| {
-        Ok(LayerShape { kv_heads: number("kv_heads", kv_heads)?, head_dim: number("head_dim", head_dim)? })
-    };
-    layers.into_iter().map(shape).collect()
 }
 
 #[pymethods]

@@ -1,17 +1,14 @@
 //! `kvarn._kvarn.Step`.
 
-use kvarn::pool::{AttendOptions, PoolError};
-use kvarn::tables::BatchView;
+use kvarn::pool::AttendOptions;
 use pyo3::prelude::*;
 
 use crate::arguments::natural;
 use crate::codec::refuse_non_finite;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
+use crate::open_step::{self, KEYS, QUERIES};
 use crate::tensor::Lent;
-
-const KEYS: &str = "[sum of counts, kv_heads, head_dim]";
-const QUERIES: &str = "[sum of counts, heads, head_dim]";
 
 /// One forward pass of a batch; see `kvarn.Step`. Dropped without `finish`, it is abandoned.
 #[pyclass(module = "kvarn._kvarn", frozen)]
@@ -72,9 +69,7 @@ impl Step {
 
     /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
     fn stored(&self, py: Python<'_>, layer: i64, index: i64) -> PyResult<usize> {
-        let layer = natural(py, Class::Shape, "layer", layer)?;
-        let index = natural(py, Class::Shape, "index", index)?;
-        detached(py, || self.0.open().stored(layer, index))
+        open_step::stored(py, self.0.open(), layer, index)
     }
 
     /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
@@ -97,15 +92,12 @@ impl Step {
 
     /// Makes the step the state of its sequences.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || self.0.open().finish())
+        open_step::finish(py, self.0.open())
     }
 
     /// Takes the step back.
     fn abandon(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || {
-            self.0.open().abandon();
-            Ok::<_, PoolError>(())
-        })
+        open_step::abandon(py, self.0.open())
     }
 
     /// New tokens of all sequences.
@@ -117,34 +109,24 @@ impl Step {
     /// First row of each sequence, then `tokens`: int32 `[sequences + 1]`.
     #[getter]
     fn first_rows(&self) -> Memory {
-        let rows = &self.0.open().plan().first_rows;
-        Memory::of_table(rows, &[rows.len()])
+        open_step::first_rows(self.0.open())
     }
 
     /// Page of each tile after append: int32 `[sequences, tiles]`.
     #[getter]
     fn block_table(&self) -> Memory {
-        let batch = self.batch();
-        Memory::of_table(&batch.block_table, &[batch.lengths.len(), batch.tiles])
+        open_step::block_table(self.0.open())
     }
 
     /// Slot of each tile after append: int32 `[sequences, tiles]`.
     #[getter]
     fn slot_table(&self) -> Memory {
-        let batch = self.batch();
-        Memory::of_table(&batch.slot_table, &[batch.lengths.len(), batch.tiles])
+        open_step::slot_table(self.0.open())
     }
 
     /// Tokens of each sequence after the step: int32 `[sequences]`.
     #[getter]
     fn lengths(&self) -> Memory {
-        let batch = self.batch();
-        Memory::of_table(&batch.lengths, &[batch.lengths.len()])
-    }
-}
-
-impl Step {
-    fn batch(&self) -> BatchView {
-        self.0.open().plan().batch_after()
+        open_step::lengths(self.0.open())
     }
 }
