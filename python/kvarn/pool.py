@@ -4,8 +4,8 @@ A **page** holds the records of one sealed tile of all KV heads, a **slot** the 
 that is a sink or not sealed yet; one page id and one slot id serve all layers. A **step** is one forward pass
 of a batch.
 
-Everywhere NumPy arrays or torch tensors on the CPU come in, and the same kind goes out. Calls may come from
-several threads; arrays, and views of a pool's memory, must not be written by another thread meanwhile.
+Everywhere NumPy arrays or torch tensors come in, on the pool's device, and the same kind goes out. Calls may
+come from several threads; arrays, and views of a pool's memory, must not be written by another thread meanwhile.
 """
 
 from __future__ import annotations

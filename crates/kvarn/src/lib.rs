@@ -1,6 +1,6 @@
 //! The core of kvarn: what a KV cache tile is, how it is encoded, where its bytes lie.
 //!
-//! Plain Rust over slices: no CUDA, no Python, no unsafe code. Backends (`kvarn-cpu`, later CUDA) own the memory of a
+//! Plain Rust over slices: no CUDA, no Python, no unsafe code. Backends (`kvarn-cpu`, `kvarn-cuda`) own the memory of a
 //! pool and use this crate for configuration, record layout, the codec and the tables.
 //!
 //! Source of the method: KVarN, arXiv 2606.03458.
