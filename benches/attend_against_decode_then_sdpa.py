@@ -38,9 +38,7 @@ class Case:
         k, v = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for _ in range(2))
         self.q = torch.from_numpy(rng.standard_normal((tokens, HEADS, HEAD_DIM), dtype=np.float32))
         tiles = context // GROUP
-        pool = kvarn.Pool(
-            self.cfg, layers=1, kv_heads=KV_HEADS, pages=tiles + 1, slots=8, dtype="float32"
-        )
+        pool = kvarn.Pool(self.cfg, layers=1, kv_heads=KV_HEADS, pages=tiles + 1, slots=8, dtype="float32")
         self.pool, self.sequence = pool, pool.create()
         with pool.step([self.sequence], [context + GROUP]) as step:
             step.append(0, k, v)
@@ -60,7 +58,9 @@ class Case:
         decoded = kvarn.decode(self.records, self.cfg)
         # Records lie [tiles, kv_heads]; torch wants [1, kv_heads, tokens, head_dim].
         k, v = (
-            torch.cat((x.view(-1, KV_HEADS, GROUP, HEAD_DIM).transpose(0, 1).flatten(1, 2), new.transpose(0, 1)), 1)
+            torch.cat(
+                (x.view(-1, KV_HEADS, GROUP, HEAD_DIM).transpose(0, 1).flatten(1, 2), new.transpose(0, 1)), 1
+            )
             for x, new in zip(decoded, (self.k, self.v), strict=True)
         )
         mask = None if len(self.q) == 1 else self.mask

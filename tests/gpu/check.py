@@ -11,10 +11,9 @@ import math
 import sys
 import time
 
+import kvarn
 import numpy as np
 import torch
-
-import kvarn
 from kvarn.reference import contract
 
 DEVICE = "cuda"
