@@ -3,9 +3,9 @@
     python benches/attend_against_decode_then_sdpa.py
 
 Both sides read the same records, of one layer of one sequence without sinks, with the same threads. `kvarn` is
-`step.attend` after `append`; `decode` is `kvarn.decode` of all records and `scaled_dot_product_attention` over
-them and the new tokens, which are ready as a dense tail. Medians of alternating runs. Exits with 1 where kvarn
-is the slower one.
+`step.attend` after `append`; `decode` is `kvarn.decode` of all records, then `scaled_dot_product_attention`
+over them and the new tokens, which are ready as a dense tail. Medians of alternating runs. Exits with 1 where
+kvarn is the slower one.
 """
 
 import argparse
@@ -93,8 +93,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(kvarn._kvarn.threads())
     print(
-        f"{arguments.preset}, {HEADS}/{KV_HEADS} heads, D {HEAD_DIM}, float32, {torch.get_num_threads()} threads, "
-        f"medians of {arguments.runs}"
+        f"{arguments.preset}, {HEADS}/{KV_HEADS} heads, D {HEAD_DIM}, float32, "
+        f"{torch.get_num_threads()} threads, medians of {arguments.runs}"
     )
     print(f"{'context':>8} {'tokens':>7} {'kvarn ms':>10} {'decode ms':>10} {'decode / kvarn':>15}")
     slower = False

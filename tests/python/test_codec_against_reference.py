@@ -46,8 +46,8 @@ class Tally:
                 rate = contract.mismatch_rate(verdicts)
                 other = sum(one.iterate != one.kept for one in verdicts)
                 print(
-                    f"{name}, {'8 bit' if eight else '2 to 4 bit'}: {len(verdicts)} matrices, {rate:.1e} of the "
-                    f"codes differ (limit {limit:.0e}), {other} took another admissible iterate, "
+                    f"{name}, {'8 bit' if eight else '2 to 4 bit'}: {len(verdicts)} matrices, {rate:.1e} "
+                    f"of the codes differ (limit {limit:.0e}), {other} took another admissible iterate, "
                     f"at most {max(one.ulps for one in verdicts)} half ulps"
                 )
                 assert rate <= limit
@@ -182,7 +182,7 @@ def as_dtype(x, dtype):
     return tensor, tensor.float().numpy()
 
 
-# Here parameters are rounding noise, in either encoder: a spread of nothing, a mean thousands of times the spread,
+# Here parameters are rounding noise, in either encoder: no spread, a mean thousands of times the spread, or
 # parameters below half range. What such tiles decode to is compared instead.
 ILL_CONDITIONED = {"constant", "one outlier channel", "1e-30", "subnormal"}
 

@@ -9,11 +9,11 @@ from kvarn import Config, reference
 
 LAYERS, KV_HEADS, HEADS, GROUP, HEAD_DIM = 2, 2, 6, 64, 32
 COUNTS = [0, 1, 1, 1, 2, 5, 17, 63, 64, 65, 130, 200]
-# At 8 bit a code that falls on the other side of a rounding boundary moves a tile by less than this, and a tile
-# that is a record on one side and a slot on the other by more: round to nearest alone costs about 6e-3.
+# Relative L2 of a tile. At 8 bit a code on the other side of a rounding boundary moves it by less than this,
+# and a tile that is a record in one pool and a slot in the other by more: rounding alone costs about 6e-3.
 VALUES = 3e-3
-# Attention, ‖o - o'‖ / ‖o'‖ per head. The two encoders' parameters may be a half ulp apart, 5e-4 of a value, which
-# weighs more where outputs nearly cancel.
+# Attention, ‖o - o'‖ / ‖o'‖ per head. The parameters of the two encoders may be half an ulp apart, 5e-4 of a
+# value, which weighs more where outputs nearly cancel.
 MEDIAN, WORST = 7e-4, 2e-2
 
 
@@ -148,7 +148,7 @@ def test_random_steps(sink_tokens, recent_tokens, dtype):
     assert pools.sealed >= 2
     errors = np.concatenate(pools.errors)
     print(
-        f"S {sink_tokens}, R {recent_tokens}, {dtype}: {pools.tokens} tokens, {pools.sealed} tiles sealed in the "
-        f"longest sequence; attention differs by median {np.median(errors):.1e}, at most {errors.max():.1e}"
+        f"S {sink_tokens}, R {recent_tokens}, {dtype}: {pools.tokens} tokens, {pools.sealed} tiles sealed "
+        f"in the longest sequence; attention differs by median {np.median(errors):.1e}, at most {errors.max():.1e}"
     )
     assert np.median(errors) <= MEDIAN
