@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import kvarn
 import numpy as np
@@ -367,3 +368,30 @@ def test_stats_and_reprs():
     assert repr(sequence) == "<kvarn sequence 0 of 3 tokens>"
     pool.free(sequence)
     assert repr(sequence) == "<kvarn sequence 0, freed>"
+
+
+def test_other_threads_run_while_attending():
+    pool = Pool(
+        Config("kvarn_k4v2_g128", head_dim=64), layers=1, kv_heads=4, pages=32, slots=4, dtype="float32"
+    )
+    k = np.random.default_rng(0).standard_normal((4096, 4, 64), dtype=np.float32)
+    step = pool.step([pool.create()], [4096])
+    step.append(0, k, k)
+    started, spent = threading.Event(), []
+
+    def work():
+        started.set()
+        begin = time.perf_counter()
+        step.attend(0, np.repeat(k, 2, axis=1))
+        spent.append(time.perf_counter() - begin)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    longest, last = 0.0, time.perf_counter()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    # Holding the interpreter would stop this thread for as long as attending takes.
+    assert longest < spent[0] / 2

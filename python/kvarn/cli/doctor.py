@@ -15,6 +15,8 @@ from kvarn.models import DEFAULT_PACKAGE, ModelError, resolve
 PACKAGES = ("numpy", "rich", "torch", "transformers", "gguf")
 TRANSFORMERS = ((5, 17), (5, 23))
 """Oldest and newest minor version of transformers that the cache is tested with."""
+CUDA = (13, 0)
+"""Version of the compiler that makes the kernels: older drivers do not load them."""
 
 
 def add_parser(commands: Any) -> None:
@@ -53,24 +55,25 @@ def report() -> dict[str, Any]:
     """Everything the command shows, ready for JSON. Imports neither torch nor transformers."""
     versions: dict[str, str | None] = {"kvarn": kvarn.__version__, "python": platform.python_version()}
     versions |= {name: _installed(name) for name in PACKAGES}
+    driver = cuda_driver_version()
     return {
         "versions": versions,
         "platform": platform.platform(),
         "cpu_features": list(_kvarn.cpu_features()),
         "threads": {"pool": _kvarn.threads(), "logical": os.cpu_count()},
-        "cuda_driver": cuda_driver_version(),
-        "usable": _usable(versions),
+        "cuda_driver": driver,
+        "usable": _usable(versions, driver),
     }
 
 
-def _usable(versions: dict[str, str | None]) -> dict[str, tuple[bool, str]]:
+def _usable(versions: dict[str, str | None], driver: tuple[int, int] | None) -> dict[str, tuple[bool, str]]:
     hint = "; run: pip install 'kvarn[transformers]'"
     torch = (True, "on the CPU") if versions["torch"] else (False, "torch is not installed" + hint)
     usable = {
         "codec and pool, NumPy": (True, "on the CPU"),
         "codec and pool, torch": torch,
         "transformers cache": _transformers(versions, hint),
-        "CUDA": (False, "this version of kvarn runs on the CPU only"),
+        "CUDA": _cuda(driver),
     }
     try:
         source = resolve(None)
@@ -80,6 +83,13 @@ def _usable(versions: dict[str, str | None]) -> dict[str, tuple[bool, str]]:
         gguf = versions["gguf"] is not None
         usable["default model"] = (gguf, source.label if gguf else "gguf is not installed" + hint)
     return usable
+
+
+def _cuda(driver: tuple[int, int] | None) -> tuple[bool, str]:
+    needed = f"needs a driver for CUDA {CUDA[0]}.{CUDA[1]} or later"
+    if driver is None:
+        return False, f"no NVIDIA driver; {needed}"
+    return driver >= CUDA, f"driver up to CUDA {driver[0]}.{driver[1]}; {needed}"
 
 
 def _transformers(versions: dict[str, str | None], hint: str) -> tuple[bool, str]:

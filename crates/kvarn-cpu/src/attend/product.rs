@@ -62,7 +62,8 @@ fn strip<const FMA: bool, const N: usize>(
     }
 }
 
-/// `M` rows of `N` columns, held in registers.
+/// `M` rows of `N` columns, at most four rows, held in registers: the rows are four variables because an array of rows
+/// stays in memory, where the compiler does not vectorise it.
 #[inline(always)]
 fn tile<const FMA: bool, const M: usize, const N: usize>(
     a: Matrix<'_>,
@@ -73,21 +74,32 @@ fn tile<const FMA: bool, const M: usize, const N: usize>(
     column: usize,
     k: usize,
 ) {
-    let a: [&[f32]; M] = std::array::from_fn(|i| &a.values[(row + i) * a.stride..][..k]);
-    let mut sums = [[0.0f32; N]; M];
+    let a: [&[f32]; 4] = std::array::from_fn(|i| &a.values[(row + i.min(M - 1)) * a.stride..][..k]);
+    let (mut sums0, mut sums1, mut sums2, mut sums3) = ([0.0; N], [0.0; N], [0.0; N], [0.0; N]);
     for inner in 0..k {
         let b: &[f32; N] = b.values[inner * b.stride + column..][..N].try_into().expect("N elements");
-        for i in 0..M {
-            let factor = a[i][inner];
-            for j in 0..N {
-                sums[i][j] = fma::<FMA>(factor, b[j], sums[i][j]);
-            }
+        add_scaled::<FMA, N>(&mut sums0, a[0][inner], b);
+        if M > 1 {
+            add_scaled::<FMA, N>(&mut sums1, a[1][inner], b);
+        }
+        if M > 2 {
+            add_scaled::<FMA, N>(&mut sums2, a[2][inner], b);
+        }
+        if M > 3 {
+            add_scaled::<FMA, N>(&mut sums3, a[3][inner], b);
         }
     }
-    for i in 0..M {
-        for (value, sum) in c[(row + i) * c_stride + column..][..N].iter_mut().zip(&sums[i]) {
+    for (i, sums) in [sums0, sums1, sums2, sums3].iter().enumerate().take(M) {
+        for (value, sum) in c[(row + i) * c_stride + column..][..N].iter_mut().zip(sums) {
             *value += sum;
         }
+    }
+}
+
+#[inline(always)]
+fn add_scaled<const FMA: bool, const N: usize>(sums: &mut [f32; N], factor: f32, b: &[f32; N]) {
+    for (sum, value) in sums.iter_mut().zip(b) {
+        *sum = fma::<FMA>(factor, *value, *sum);
     }
 }
 

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::absorb::{Parameters, round, round_in_place};
-use super::input::finite;
+use super::input::finite_rotated;
 use super::normalize::Normalizer;
 use super::quantize::{row_codes, row_range};
 use super::refit::{TokenSums, prescale, refit_row};
@@ -109,7 +109,7 @@ impl MatrixEncoder {
     }
 
     fn encode(&mut self, refit: bool, iterations: usize) -> EncodeCounts {
-        let mut counts = finite(&mut self.m);
+        let mut counts = finite_rotated(&mut self.m);
         let mut saturation = Saturation::default();
         let p = if refit { prescale(&self.m) } else { 1.0 };
         self.balance(p, iterations);

@@ -25,17 +25,31 @@ impl SlotType {
 /// Inputs are cut here, so that sums of squares of a rotated tile stay finite in float32.
 const INPUT_MAX: f32 = (1u64 << 48) as f32;
 
+/// No rotated value of a cut input is beyond this: a rotation makes a value at most √256 times larger.
+const ROTATED_MAX: f32 = 16.0 * INPUT_MAX;
+
 /// Replaces every NaN and infinity by 0 and cuts what is beyond ±2⁴⁸. To be done before rotating: a rotation would spread
 /// them over the head. Returns the counts of both.
 #[inline]
 pub fn finite(values: &mut [f32]) -> EncodeCounts {
+    finite_within(values, INPUT_MAX)
+}
+
+/// [`finite`] for values in the rotated frame, which leaves those alone that come of a cut input.
+#[inline]
+pub(super) fn finite_rotated(values: &mut [f32]) -> EncodeCounts {
+    finite_within(values, ROTATED_MAX)
+}
+
+#[inline(always)]
+fn finite_within(values: &mut [f32], max: f32) -> EncodeCounts {
     let mut counts = EncodeCounts::default();
     for value in values {
         if !value.is_finite() {
             *value = 0.0;
             counts.non_finite += 1;
-        } else if value.abs() > INPUT_MAX {
-            *value = INPUT_MAX.copysign(*value);
+        } else if value.abs() > max {
+            *value = max.copysign(*value);
             counts.saturated += 1;
         }
     }
