@@ -5,7 +5,8 @@ that is a sink or not sealed yet; one page id and one slot id serve all layers. 
 of a batch.
 
 Everywhere NumPy arrays or torch tensors come in, on the pool's device, and the same kind goes out. Calls may
-come from several threads; arrays, and views of a pool's memory, must not be written by another thread meanwhile.
+come from several threads; arrays, and views of a pool's memory, must not be written by another thread
+meanwhile.
 """
 
 from __future__ import annotations

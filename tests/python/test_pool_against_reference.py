@@ -149,6 +149,7 @@ def test_random_steps(sink_tokens, recent_tokens, dtype):
     errors = np.concatenate(pools.errors)
     print(
         f"S {sink_tokens}, R {recent_tokens}, {dtype}: {pools.tokens} tokens, {pools.sealed} tiles sealed "
-        f"in the longest sequence; attention differs by median {np.median(errors):.1e}, at most {errors.max():.1e}"
+        f"in the longest sequence; attention differs by median {np.median(errors):.1e}, "
+        f"at most {errors.max():.1e}"
     )
     assert np.median(errors) <= MEDIAN
