@@ -1,8 +1,9 @@
 """Correctness of the CUDA backend, on a machine with a GPU: `python tests/gpu/check.py [--full]`.
 
-Every case runs the same steps on a CPU pool and on a CUDA pool. Checked are the slots (bit by bit), the records (through
-the numeric contract), the output of attention before and after append (against float64 over what the CUDA pool stores),
-expansion, and that results repeat bit by bit. Ends with counts; the exit status is 1 if anything failed.
+Every case runs the same steps on a CPU pool and on a CUDA pool. Checked are the slots (bit by bit), records
+(through the numeric contract), the output of attention before and after append (against float64 over what the
+CUDA pool stores), expansion, and that results repeat bit by bit. Ends with counts; the exit status is 1 if
+anything failed.
 """
 
 import argparse
