@@ -3,9 +3,9 @@
     python benches/attend_against_decode_then_sdpa.py
 
 Both sides read the same records, of one layer of one sequence without sinks, with the same threads. `kvarn`
-is `step.attend` after `append`; `decode` is `kvarn.decode` of all records, then `scaled_dot_product_attention`
-over them and the new tokens, which are ready as a dense tail. Medians of alternating runs. Exits with 1 where
-kvarn is the slower one.
+is `step.attend` after `append`; `decode` is `kvarn.decode` of all records, then torch's attention over them
+and the new tokens, which are ready as a dense tail. Medians of alternating runs. Exits with 1 where kvarn is
+the slower one.
 """
 
 import argparse

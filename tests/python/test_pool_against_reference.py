@@ -148,8 +148,7 @@ def test_random_steps(sink_tokens, recent_tokens, dtype):
     assert pools.sealed >= 2
     errors = np.concatenate(pools.errors)
     print(
-        f"S {sink_tokens}, R {recent_tokens}, {dtype}: {pools.tokens} tokens, {pools.sealed} tiles sealed "
-        f"in the longest sequence; attention differs by median {np.median(errors):.1e}, "
-        f"at most {errors.max():.1e}"
+        f"S {sink_tokens}, R {recent_tokens}, {dtype}: {pools.tokens} tokens, up to {pools.sealed} records; "
+        f"attention differs by median {np.median(errors):.1e}, at most {errors.max():.1e}"
     )
     assert np.median(errors) <= MEDIAN

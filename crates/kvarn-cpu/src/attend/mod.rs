@@ -25,7 +25,7 @@ use crate::threads::install;
 use crate::{TensorMut, TensorRef};
 
 /// Query columns (query tokens × query heads per KV head) of an item: enough to make up for decoding a tile.
-const BLOCK_COLUMNS: usize = 128;
+const BLOCK_COLUMNS: usize = 256;
 /// Items walk so many leaves by themselves; longer ranges are halved and shared out.
 const SEQUENTIAL_LEAVES: usize = 4;
 
