@@ -244,24 +244,24 @@ fn parameters_have_the_same_sizes_and_offsets() {
 #[test]
 fn attention_takes_the_memory_worked_out_by_hand() {
     // D 128, G 128, k4v2: K 8192 + 512 + 256, V 4096 + 256 + 512 bytes; four warps hold 55 296, more than their results,
-    // 4 · 8 · 134 · 4. Then 128 bytes of barriers, 2048 of fragments and 4128 of rows, for each eight columns.
+    // 4 · 8 · 134 · 4. Then 128 bytes of barriers, 2048 of fragments and 4384 of rows, for each eight columns.
     let four = config(128, 128, (4, 2));
     let made = |columns| AttendGeometry::new(&four, 4, columns).unwrap();
-    assert_eq!(made(4), AttendGeometry { blocks: 1, threads: 128, shared: 55_296 + 128 + 2_048 + 4_128 });
+    assert_eq!(made(4), AttendGeometry { blocks: 1, threads: 128, shared: 55_296 + 128 + 2_048 + 4_384 });
     assert_eq!(
         made(9),
-        AttendGeometry { blocks: 2, threads: 128, shared: 55_296 + 128 + 2 * (2_048 + 4_128) }
+        AttendGeometry { blocks: 2, threads: 128, shared: 55_296 + 128 + 2 * (2_048 + 4_384) }
     );
     assert_eq!((made(4).query_tokens(4), made(9).query_tokens(4), made(9).query_tokens(3)), (2, 4, 5));
     assert_eq!(made(9).name(&four), "kvarn_attend_d128_g128_k4v2_n2");
 
     // D 256, G 128, k8v8: a warp's buffers are 2 · 32 768 + 1280 + 1024 bytes: two warps, and one block of columns only.
     let wide = AttendGeometry::new(&config(256, 128, (8, 8)), 2, 64).unwrap();
-    assert_eq!(wide, AttendGeometry { blocks: 1, threads: 64, shared: 2 * 67_840 + 128 + 4_096 + 8_224 });
+    assert_eq!(wide, AttendGeometry { blocks: 1, threads: 64, shared: 2 * 67_840 + 128 + 4_096 + 8_480 });
 
     // D 256, G 64, k2v2: the results, 4 · 8 · 262 · 4, are smaller than the records' 4 · (2 · 4096 + 1152 + 768).
     let narrow = AttendGeometry::new(&config(256, 64, (2, 2)), 8, 8).unwrap();
-    assert_eq!(narrow, AttendGeometry { blocks: 1, threads: 128, shared: 40_448 + 128 + 4_096 + 8_224 });
+    assert_eq!(narrow, AttendGeometry { blocks: 1, threads: 128, shared: 40_448 + 128 + 4_096 + 8_480 });
 }
 
 #[test]
