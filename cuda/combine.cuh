@@ -1,129 +1,210 @@
 // From the partial results of warps and thread blocks to the output.
 //
-// A partial result is (max, sum, out): out / sum is attention over some of the keys, max what logits were measured from,
-// base 2. Merges happen in a fixed order: the warps of a block, then the parts of a query block by index, done by the
-// thread block that arrives last. How a sequence is cut into parts depends on its own length only, so a result does not
-// depend on the batch.
+// A partial result is (base, sum, out): out / sum is attention over some of the keys, base what logits were measured from,
+// in base 2. Merges happen in a fixed order: the warps of a block, then the parts of a query block, done by the thread block
+// that arrives last: warp w merges parts w, w + warps …, then the warps' results are merged as before. How a sequence is cut
+// into parts depends on its own length only, so a result does not depend on the batch.
+//
+// Columns lie in a warp as rotate.cuh lays out head vectors: eight channels a lane, several columns side by side.
 #pragma once
 #include "query.cuh"
 
 namespace kvarn {
 
-// One query column spread over a warp: out[i] of lane l belongs to channel 32 i + l.
-template <int D>
+// This lane's channels of one query column.
 struct Column {
-  float out[D / 32];
-  float max, sum;
+  float out[8];
+  float base, sum;
 
   __device__ __forceinline__ void init() {
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) out[i] = 0;
-    max = -INFINITY, sum = 0;
-  }
-
-  // Adds a partial result whose values are read by `load(i)`.
-  template <class Load>
-  __device__ __forceinline__ void add(float other_max, float other_sum, Load load) {
-    const float m = fmaxf(max, other_max);
-    const float ours = sum != 0.0f ? exp2_approx(max - m) : 0.0f;
-    const float theirs = other_sum != 0.0f ? exp2_approx(other_max - m) : 0.0f;
-    if (other_sum != 0.0f || sum != 0.0f) max = m;
-    sum = sum * ours + other_sum * theirs;
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) out[i] = out[i] * ours + (other_sum != 0.0f ? load(i) * theirs : 0.0f);
+    for (int i = 0; i < 8; i++) out[i] = 0;
+    base = -INFINITY, sum = 0;
   }
 };
 
-// Writes a column's output: attention-sink logit, division, rotation back, conversion, log-sum-exp.
-template <int D>
-__device__ __forceinline__ void write_column(const AttendParams& p, const Item& item, int head, int column, Column<D>& result) {
-  const int lane = threadIdx.x % 32;
-  const int row = item.query_row + column / p.group, query_head = head * p.group + column % p.group;
-  if (p.sink_logits) {
-    const float logit = p.sink_logits[query_head] * kLog2E;
-    if (logit > -INFINITY) result.add(logit, 1.0f, [](int) { return 0.0f; });
-  }
-  if (p.lse && lane == 0)
-    p.lse[int64_t(row) * p.cache.kv_heads * p.group + query_head] = (result.max + log2f(result.sum)) / kLog2E;
-  const float factor = result.sum != 0.0f ? 1.0f / result.sum : 0.0f;
-#pragma unroll
-  for (int i = 0; i < D / 32; i++) result.out[i] *= factor;
-  if (!p.rotated) rotate_warp<D>(result.out, lane);
-  const int64_t at = row * p.out.row_stride + int64_t(query_head) * p.out.head_stride + lane;
-#pragma unroll
-  for (int i = 0; i < D / 32; i++) store_element(p.out, at + 32 * i, p.dtype, result.out[i]);
+// Base of a partial result for the maximum over several; nothing summed counts for nothing.
+__device__ __forceinline__ float base_of(float2 base_sum) { return base_sum.y != 0.0f ? base_sum.x : -INFINITY; }
+
+// Weight of a partial result against a common base.
+__device__ __forceinline__ float weight(float2 base_sum, float common_base) {
+  return base_sum.y != 0.0f ? exp2_approx(base_sum.x - common_base) : 0.0f;
 }
 
-// Where warps leave their partial results: [warp][column][kRow] and, behind, [warp][column] of (max, sum).
-template <int D, int NT, int Warps>
+// Adds partial results to `column`.
+template <int Count>
+__device__ __forceinline__ void merge(Column& column, const float2 (&base_sum)[Count], const float (&out)[Count][8]) {
+  float m = base_of(make_float2(column.base, column.sum));
+#pragma unroll
+  for (int j = 0; j < Count; j++) m = fmaxf(m, base_of(base_sum[j]));
+  const float ours = weight(make_float2(column.base, column.sum), m);
+  column.base = m, column.sum *= ours;
+#pragma unroll
+  for (int i = 0; i < 8; i++) column.out[i] *= ours;
+#pragma unroll
+  for (int j = 0; j < Count; j++) {
+    const float theirs = weight(base_sum[j], m);
+    column.sum = fmaf(base_sum[j].y, theirs, column.sum);
+#pragma unroll
+    for (int i = 0; i < 8; i++) column.out[i] = fmaf(out[j][i], theirs, column.out[i]);
+  }
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const float* at) {
+  const float4 low = *reinterpret_cast<const float4*>(at), high = *reinterpret_cast<const float4*>(at + 4);
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+// Past the first-level cache, which does not see what other thread blocks write.
+__device__ __forceinline__ void load8_global(float (&x)[8], const float* at) {
+  const float4 low = __ldcg(reinterpret_cast<const float4*>(at)), high = __ldcg(reinterpret_cast<const float4*>(at + 4));
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+__device__ __forceinline__ void store8(float* at, const float (&x)[8]) {
+  *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
+  *reinterpret_cast<float4*>(at + 4) = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+// Where a warp leaves its partial results: [column][row], (base, sum) behind the channels of each column.
+template <int D, int NT>
 struct WarpResults {
   static constexpr int row = D + 4;  // keeps the lanes of a fragment apart in the banks
-  static constexpr int bytes = Warps * 8 * NT * (row + 2) * 4;
-  float* out;
-  float2* max_sum;
-
-  __device__ __forceinline__ explicit WarpResults(unsigned char* memory)
-      : out(reinterpret_cast<float*>(memory)), max_sum(reinterpret_cast<float2*>(memory + Warps * 8 * NT * row * 4)) {}
+  static constexpr int bytes = 8 * NT * row * 4;
 };
 
-// Merges the warps' results of every column and hands them on: to the output if they are all there is, else to the
-// workspace; the block that arrives last merges the workspace. All threads call, after a barrier.
+// Merges the warps' results of one column; those of warp w lie at `results` + w `stride` bytes.
 template <int D, int NT, int Warps>
-__device__ __forceinline__ void combine(const AttendParams& p, const Item& item, int head,
-                                        const WarpResults<D, NT, Warps>& warps, int* flag) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = item.query_tokens * p.group;
-  const int64_t part_stride = int64_t(p.cache.kv_heads) * p.columns;
-  const int64_t first = (int64_t(item.first_part) * p.cache.kv_heads + head) * p.columns;
-  for (int column = warp; column < columns; column += Warps) {
-    Column<D> result;
-    result.init();
+__device__ __forceinline__ Column merge_warps(const unsigned char* results, int stride, int column, int channel) {
+  float2 base_sum[Warps];
+  float values[Warps][8];
 #pragma unroll
-    for (int w = 0; w < Warps; w++) {
-      const float2 ms = warps.max_sum[w * 8 * NT + column];
-      result.add(ms.x, ms.y, [&](int i) { return warps.out[(w * 8 * NT + column) * warps.row + 32 * i + lane]; });
-    }
-    if (item.parts == 1) {
-      write_column<D>(p, item, head, column, result);
-    } else {
-      const int64_t at = first + item.part * part_stride + column;
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) p.partial_out[at * D + 32 * i + lane] = result.out[i];
-      if (lane == 0) reinterpret_cast<float2*>(p.partial_max_sum)[at] = make_float2(result.max, result.sum);
+  for (int w = 0; w < Warps; w++) {
+    const float* row = reinterpret_cast<const float*>(results + w * stride) + column * WarpResults<D, NT>::row;
+    base_sum[w] = *reinterpret_cast<const float2*>(row + D);
+    load8(values[w], row + channel);
+  }
+  Column merged;
+  merged.init();
+  merge(merged, base_sum, values);
+  return merged;
+}
+
+// Writes a column's output: attention-sink logit, division, rotation back, conversion, log-sum-exp. Every lane of the warp
+// calls; those with `any` write.
+template <int D>
+__device__ __forceinline__ void write_column(const AttendParams& p, const Item& item, int head, int column, bool any,
+                                             Column& result) {
+  const Vectors<D> at;
+  const int row = item.query_row + column / p.group, query_head = head * p.group + column % p.group;
+  if (p.sink_logits && any) {
+    const float logit = p.sink_logits[query_head] * kLog2E;
+    if (logit > -INFINITY) {
+      const float2 base_sum[1] = {make_float2(logit, 1.0f)};
+      const float nothing[1][8] = {};
+      merge(result, base_sum, nothing);
     }
   }
-  if (item.parts == 1) return;
+  if (p.lse && any && at.channel == 0)
+    p.lse[int64_t(row) * p.cache.kv_heads * p.group + query_head] =
+        result.sum != 0.0f ? (result.base + log2f(result.sum)) / kLog2E : -INFINITY;
+  const float factor = result.sum != 0.0f ? 1.0f / result.sum : 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) result.out[i] = at.holds() ? result.out[i] * factor : 0.0f;
+  if (!p.rotated) rotate<D>(result.out);
+  if (any && at.holds()) store_elements(element(p.out, row, query_head, at.channel), p.dtype, result.out);
+}
+
+// Where the parts of (query block, head) begin in the workspace, in columns, and how far apart they are.
+struct Parts {
+  int64_t first, stride;
+  __device__ __forceinline__ Parts(const AttendParams& p, const Item& item, int head)
+      : first((int64_t(item.first_part) * p.cache.kv_heads + head) * p.columns),
+        stride(int64_t(p.cache.kv_heads) * p.columns) {}
+};
+
+// Merges the results of the block's warps and hands them on: to the output if they are all there is, else to the workspace.
+// All threads call, after a barrier.
+template <int D, int NT, int Warps>
+__device__ __forceinline__ void hand_on(const AttendParams& p, const Item& item, int head, const unsigned char* results,
+                                        int stride) {
+  const Vectors<D> at;
+  const int columns = item.query_tokens * p.group;
+  for (int first = threadIdx.x / 32 * at.per_warp; first < columns; first += Warps * at.per_warp) {
+    const int column = first + at.vector;
+    const bool any = column < columns && at.holds();
+    Column result;
+    result.init();
+    if (any) result = merge_warps<D, NT, Warps>(results, stride, column, at.channel);
+    if (item.parts == 1) {
+      write_column<D>(p, item, head, column, column < columns, result);
+    } else if (any) {
+      const Parts parts(p, item, head);
+      const int64_t to = parts.first + item.part * parts.stride + column;
+      store8(p.partial_out + to * D + at.channel, result.out);
+      if (at.channel == 0) reinterpret_cast<float2*>(p.partial_base_sum)[to] = make_float2(result.base, result.sum);
+    }
+  }
+}
+
+// Merges all parts, and writes the output. Loads of many parts are under way together: this is latency and nothing else.
+// All threads call; `results` is free and is not read afterwards.
+template <int D, int NT, int Warps>
+__device__ __forceinline__ void merge_parts(const AttendParams& p, const Item& item, int head, unsigned char* results,
+                                            int stride) {
+  constexpr int batch = 8;
+  const Vectors<D> at;
+  const Parts parts(p, item, head);
+  const int warp = threadIdx.x / 32, columns = item.query_tokens * p.group;
+  for (int first = 0; first < columns; first += at.per_warp) {
+    const int column = first + at.vector;
+    if (column >= columns || !at.holds()) continue;
+    const float2* base_sum = reinterpret_cast<const float2*>(p.partial_base_sum) + parts.first + column;
+    const float* out = p.partial_out + (parts.first + column) * D + at.channel;
+    Column merged;
+    merged.init();
+#pragma unroll 1
+    for (int part = warp; part < item.parts; part += Warps * batch) {
+      float values[batch][8];
+      float2 from[batch];
+#pragma unroll
+      for (int j = 0; j < batch; j++) {
+        const int64_t row = (part + j * Warps) * parts.stride;
+        from[j] = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[j][i] = 0;
+        if (part + j * Warps < item.parts) {
+          from[j] = __ldcg(base_sum + row);
+          load8_global(values[j], out + row * D);
+        }
+      }
+      merge(merged, from, values);
+    }
+    float* row = reinterpret_cast<float*>(results + warp * stride) + column * WarpResults<D, NT>::row;
+    store8(row + at.channel, merged.out);
+    if (at.channel == 0) *reinterpret_cast<float2*>(row + D) = make_float2(merged.base, merged.sum);
+  }
   __syncthreads();
+  for (int first = warp * at.per_warp; first < columns; first += Warps * at.per_warp) {
+    const int column = first + at.vector;
+    Column result;
+    result.init();
+    if (column < columns && at.holds()) result = merge_warps<D, NT, Warps>(results, stride, column, at.channel);
+    write_column<D>(p, item, head, column, column < columns, result);
+  }
+}
+
+// Whether this block's `done` parts are the last of all `parts`: then everything that any block wrote of them is visible
+// to it. All threads call, after a barrier behind their writes; a barrier comes last within.
+__device__ __forceinline__ bool last_to_arrive(int32_t* counter, int done, int parts, int* flag) {
   if (threadIdx.x == 0) {
-    // Acquire and release: what all blocks of these parts wrote is visible to the one that arrives last.
-    int32_t* counter = p.counters + item.counter * p.cache.kv_heads + head;
-    int arrived;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0,[%1],1;" : "=r"(arrived) : "l"(counter) : "memory");
-    *flag = arrived == item.parts - 1;
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0,[%1],%2;" : "=r"(before) : "l"(counter), "r"(done) : "memory");
+    *flag = before + done == parts;
     if (*flag) *counter = 0;  // for the next launch
   }
   __syncthreads();
-  if (!*flag) return;
-  for (int column = warp; column < columns; column += Warps) {
-    Column<D> result;
-    result.init();
-    const int64_t at = first + column;
-    constexpr int batch = 8;  // parts whose loads are under way together
-    for (int part = 0; part < item.parts; part += batch) {
-      float values[batch][D / 32];
-      float2 ms[batch];
-#pragma unroll
-      for (int j = 0; j < batch; j++) {
-        const bool any = part + j < item.parts;
-        const int64_t from = at + (part + j) * part_stride;
-        ms[j] = any ? __ldcg(reinterpret_cast<const float2*>(p.partial_max_sum) + from) : make_float2(-INFINITY, 0.0f);
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) values[j][i] = any ? __ldcg(p.partial_out + from * D + 32 * i + lane) : 0.0f;
-      }
-#pragma unroll
-      for (int j = 0; j < batch; j++) result.add(ms[j].x, ms[j].y, [&](int i) { return values[j][i]; });
-    }
-    write_column<D>(p, item, head, column, result);
-  }
+  return *flag;
 }
 
 }  // namespace kvarn

@@ -1,13 +1,12 @@
 // Range guards: a power of two moved from the rows' parameters to the columns' scale, so that a decode kernel's pre-scaled
 // queries and probabilities stay within half range. Costs nothing at decode.
 #pragma once
+#include "mma.cuh"
 #include "reduce.cuh"
 #include "shape.cuh"
 #include "store.cuh"
 
 namespace kvarn {
-
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // The exponent k: rows are multiplied by 2^-k, columns by 2^k. `row` = max(max scale, max |zero| / 1024), rounded to 11
 // significant bits, becomes a number in [1/2, 1); k is less where the largest column scale would exceed 65504.

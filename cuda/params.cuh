@@ -47,9 +47,9 @@ struct AppendParams {
 };
 
 // Most record tiles of an item.
-constexpr int kItemTiles = 64;
+constexpr int kItemTiles = 32;
 
-// A piece of attention: part of one sequence for one block of its queries, by one thread block per KV head.
+// A piece of attention: part of one sequence for one block of its queries, for every KV head.
 struct Item {
   int32_t first_tile;  // of the sequence
   int32_t tiles;       // record tiles, at most kItemTiles; 0: a slot item
@@ -63,6 +63,14 @@ struct Item {
   int32_t stored;      // tokens stored of the sequence
   int32_t first_part;  // where the block's parts begin in the workspace
   int32_t counter;     // which arrival counter the block's parts share
+  int32_t pages[kItemTiles];  // of the record tiles
+};
+
+// The run of work of one thread block: `count` pieces from (item, head) on. The order of all work: the items of a query
+// block for head 0, then for head 1 …, then those of the next query block.
+struct Share {
+  int32_t item, head, count, unused;
+  Item first;  // a copy of items[item]: the first record is under way one load earlier
 };
 
 // attend: one launch per layer.
@@ -70,12 +78,11 @@ struct AttendParams {
   Tensor q, out;
   Cache cache;
   const Item* items;           // [items]
-  const int32_t* item_pages;   // [items][kItemTiles]: pages of the record tiles
-  const int32_t* item_count;   // on the device, so that a captured graph can follow it
+  const Share* shares;         // [thread blocks]: on the device, so that a captured graph can follow them
   const float* sink_logits;    // [heads] or null
   float* lse;                  // [rows][heads] or null
   float* partial_out;          // [parts][kv_heads][columns][D]
-  float* partial_max_sum;      // [parts][kv_heads][columns][2]
+  float* partial_base_sum;     // [parts][kv_heads][columns][2]
   int32_t* counters;           // [counters][kv_heads], zero between launches
   int32_t dtype, rotated, group, columns;  // group: query heads per KV head; columns: of the largest query block
   int32_t window;              // INT32_MAX: none

@@ -1,143 +1,137 @@
-// Queries of one item: loaded, rotated, scaled, rounded to half, and laid out as B fragments in shared memory.
+// Head vectors of queries and outputs: eight neighbouring channels a lane, as rotate.cuh lays them out, and the queries of
+// a block laid out as B fragments in shared memory.
 //
 // A query column is one query head of one query token: column = token * group + head within the group. Columns beyond the
 // last are zeros. Queries carry softmax scale * log2(e), so logits come out in base 2, and a power of two, common to the
-// item, that brings the largest element to [2^10, 2^11): small queries stay clear of the subnormals, products of two
+// block, that brings the largest element to [2^10, 2^11): small queries stay clear of the subnormals, products of two
 // halves of the range.
 #pragma once
 #include <cuda_bf16.h>
 
 #include "codes.cuh"
 #include "params.cuh"
+#include "rotate.cuh"
 
 namespace kvarn {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ __forceinline__ float load_element(const Tensor& t, int64_t at, int dtype) {
-  const uint16_t bits = static_cast<const uint16_t*>(t.data)[at];
-  return dtype == kFloat16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t(bits) << 16);
-}
-
-__device__ __forceinline__ void store_element(const Tensor& t, int64_t at, int dtype, float value) {
-  uint16_t bits;
-  if (dtype == kFloat16) {
-    // min and max drop a NaN: keep it.
-    const float limited = fminf(fmaxf(value, -65504.0f), 65504.0f);
-    bits = __half_as_ushort(__float2half_rn(value != value ? value : limited));
-  } else {
-    bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-  }
-  static_cast<uint16_t*>(t.data)[at] = bits;
-}
-
-// Largest power of two up to n.
-__host__ __device__ constexpr int power_below(int n) { return n < 2 ? n : 2 * power_below(n / 2); }
-
-// The register part of a rotation: one block of `Block` registers from `First` on, then the blocks behind it.
-template <int Count, int First = 0>
-__device__ __forceinline__ void rotate_registers(float (&v)[Count]) {
-  constexpr int Block = power_below(Count - First);
-#pragma unroll
-  for (int stride = 1; stride < Block; stride *= 2)
-#pragma unroll
-    for (int i = 0; i < Block; i++)
-      if ((i & stride) == 0) {
-        const float a = v[First + i], b = v[First + i + stride];
-        v[First + i] = a + b, v[First + i + stride] = a - b;
-      }
-  constexpr float scale = Block == 1   ? 0.17677669529663687f  // 1 / sqrt(32 Block)
-                          : Block == 2 ? 0.125f
-                          : Block == 4 ? 0.08838834764831845f
-                                       : 0.0625f;
-#pragma unroll
-  for (int i = 0; i < Block; i++) v[First + i] = __fmul_rn(v[First + i], scale);
-  if constexpr (First + Block < Count) rotate_registers<Count, First + Block>(v);
-}
-
-// Rotates a head vector spread over a warp, v[i] of lane l = channel 32 i + l. Same operations in the same order as the
-// CPU: butterflies with strides 1, 2, 4 …, then one product. Blocks of D = 96 are 64 and 32.
+// How head vectors of D channels lie in a warp.
 template <int D>
-__device__ __forceinline__ void rotate_warp(float (&v)[D / 32], int lane) {
-#pragma unroll
-  for (int stride = 1; stride < 32; stride *= 2)
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-      const float other = __shfl_xor_sync(kFullWarp, v[i], stride);
-      v[i] = lane & stride ? other - v[i] : v[i] + other;
-    }
-  rotate_registers<D / 32>(v);
+struct Vectors {
+  static constexpr int lanes = vector_lanes<D>, per_warp = 32 / lanes;
+  int vector, channel;  // this lane's vector of those in the warp, and its first channel; D or more: it holds none
+  __device__ __forceinline__ Vectors() : vector(threadIdx.x % 32 / lanes), channel(8 * (threadIdx.x % lanes)) {}
+  __device__ __forceinline__ bool holds() const { return channel < D; }
+};
+
+// Where row `row` of head `head` of a tensor has its channel `channel`.
+__device__ __forceinline__ uint16_t* element(const Tensor& t, int row, int head, int channel) {
+  return static_cast<uint16_t*>(t.data) + row * t.row_stride + head * t.head_stride + channel;
 }
 
-// Queries in shared memory before they are rounded: [8 NT][stride], and the largest magnitude of each column.
-template <int D, int NT>
-struct QueryRows {
-  static constexpr int stride = D + 8;  // keeps the columns of a fragment apart in the banks
-  static constexpr int bytes = 8 * NT * (stride + 1) * 4;
-  float* values;
-  float* largest;
+__device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-  __device__ __forceinline__ explicit QueryRows(unsigned char* memory)
-      : values(reinterpret_cast<float*>(memory)), largest(values + 8 * NT * stride) {}
-
-  // Loads, rotates and scales. All warps take part.
-  template <int Warps>
-  __device__ __forceinline__ void load(const AttendParams& p, const Item& item, int head) const {
-    const int lane = threadIdx.x % 32, columns = item.query_tokens * p.group;
-    for (int column = threadIdx.x / 32; column < 8 * NT; column += Warps) {
-      float v[D / 32], m = 0;
-      if (column < columns) {
-        const int64_t at = (item.query_row + column / p.group) * p.q.row_stride +
-                           int64_t(head * p.group + column % p.group) * p.q.head_stride;
+// Eight neighbouring elements; one load where they are aligned.
+__device__ __forceinline__ void load_elements(const uint16_t* at, int dtype, float (&x)[8]) {
+  uint16_t bits[8];
+  if (aligned16(at)) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(at));
+    memcpy(bits, &raw, 16);
+  } else {
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) v[i] = load_element(p.q, at + 32 * i + lane, p.dtype);
-        if (!p.rotated) rotate_warp<D>(v, lane);
-      } else {
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) v[i] = 0;
-      }
-#pragma unroll
-      for (int i = 0; i < D / 32; i++) {
-        v[i] *= p.scale * kLog2E;
-        m = fmaxf(m, fabsf(v[i]));  // drops NaN
-        values[column * stride + 32 * i + lane] = v[i];
-      }
-#pragma unroll
-      for (int o = 1; o < 32; o *= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, o));
-      if (lane == 0) largest[column] = m;
-    }
+    for (int i = 0; i < 8; i++) bits[i] = __ldg(at + i);
   }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    x[i] = dtype == kFloat16 ? __half2float(__ushort_as_half(bits[i])) : __uint_as_float(uint32_t(bits[i]) << 16);
+}
 
-  // The common power of two, after a barrier.
-  __device__ __forceinline__ int shift() const {
+__device__ __forceinline__ void store_elements(uint16_t* at, int dtype, const float (&x)[8]) {
+  uint16_t bits[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    // min and max drop a NaN: keep it.
+    const float limited = x[i] != x[i] ? x[i] : fminf(fmaxf(x[i], -65504.0f), 65504.0f);
+    bits[i] = dtype == kFloat16 ? __half_as_ushort(__float2half_rn(limited)) : __bfloat16_as_ushort(__float2bfloat16_rn(x[i]));
+  }
+  if (aligned16(at)) {
+    uint4 raw;
+    memcpy(&raw, bits, 16);
+    *reinterpret_cast<uint4*>(at) = raw;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) at[i] = bits[i];
+  }
+}
+
+// Makes the B fragments of a query block, [NT][D / 32][32 lanes] of 16 bytes: k steps 2 j and 2 j + 1, and at `unit` what
+// undoes the common power of two. All threads call; `unit` holds 1 + 8 NT floats. A barrier comes last within.
+//
+// For records: times 2^-place; exact ones in float32, [NT][D / 16][32 lanes] of 16 bytes: one k step. For slots: the channels of two k steps are dealt out so that a lane's eight are neighbours
+// (see slot_tile.cuh): those of lane (g, c) are channels 32 j + 8 c … + 7 of column g.
+template <class L, int NT, int Warps>
+__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* unit,
+                                               unsigned char* for_records, unsigned char* for_slots) {
+  constexpr int D = L::D;
+  const Vectors<D> at;
+  constexpr int each = (8 * NT + Warps * at.per_warp - 1) / (Warps * at.per_warp);
+  const int first = threadIdx.x / 32 * at.per_warp + at.vector, columns = item.query_tokens * p.group;
+  float* largest = unit + 1;
+  float x[each][8];
+#pragma unroll
+  for (int n = 0; n < each; n++) {
+    const int column = first + n * Warps * at.per_warp;
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[n][i] = 0;
+    if (column < columns && at.holds())
+      load_elements(element(p.q, item.query_row + column / p.group, head * p.group + column % p.group, at.channel), p.dtype,
+                    x[n]);
+  }
+#pragma unroll
+  for (int n = 0; n < each; n++) {
     float m = 0;
+    if (!p.rotated) rotate<D>(x[n]);
 #pragma unroll
-    for (int column = 0; column < 8 * NT; column++) m = fmaxf(m, largest[column]);
-    // Zeros, infinities and what would leave float32 behind: any shift will do.
-    const int exponent = int(__float_as_uint(m) >> 23) - 127;
-    return min(max(10 - exponent, -100), 100);
-  }
-
-  // B fragments as [NT][D / 32][32 lanes] of 16 bytes: k steps 2 j and 2 j + 1.
-  //
-  // For records: times 2^-place. For slots: the channels of two k steps are dealt out so that a lane's eight are
-  // neighbours (see slot_tile.cuh): those of lane (g, c) are channels 32 j + 8 c … + 7 of column g.
-  template <int KeyBits, bool Slots>
-  __device__ __forceinline__ void fragments(int shift, uint4* out) const {
-    const float factor = __uint_as_float(uint32_t(127 + shift) << 23);
-    for (int at = threadIdx.x; at < NT * (D / 32) * 32; at += blockDim.x) {
-      const int lane = at % 32, j = at / 32 % (D / 32), block = at / 32 / (D / 32);
-      const float* row = values + (block * 8 + lane / 4) * stride + 32 * j;
-      uint32_t f[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int channel = Slots ? 8 * (lane % 4) + 2 * i : 16 * (i / 2) + 8 * (i % 2) + 2 * (lane % 4);
-        const float unit = Slots ? factor : factor * power_of_two(-place(D, KeyBits, 2 * j + i / 2, i % 2));
-        f[i] = pack_half2(row[channel] * unit, row[channel + 1] * unit);
-      }
-      out[at] = make_uint4(f[0], f[1], f[2], f[3]);
+    for (int i = 0; i < 8; i++) {
+      x[n][i] *= p.scale * kLog2E;
+      m = fmaxf(m, fabsf(x[n][i]));  // drops NaN
     }
+#pragma unroll
+    for (int o = 1; o < at.lanes; o *= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, o));
+    const int column = first + n * Warps * at.per_warp;
+    if (at.channel == 0 && column < 8 * NT) largest[column] = m;
   }
-};
+  __syncthreads();
+  float m = 0;
+#pragma unroll
+  for (int column = 0; column < 8 * NT; column++) m = fmaxf(m, largest[column]);
+  // Zeros, infinities and what would leave float32 behind: any shift will do.
+  const int shift = min(max(10 - (int(__float_as_uint(m) >> 23) - 127), -100), 100);
+  const float factor = power_of_two(shift);
+  if (threadIdx.x == 0) *unit = power_of_two(-shift);
+  const int step = at.channel / 16, half = at.channel / 8 % 2;
+#pragma unroll
+  for (int n = 0; n < each; n++) {
+    const int column = first + n * Warps * at.per_warp;
+    if (column >= 8 * NT || !at.holds()) continue;
+    const int fragment = ((column / 8 * (D / 32) + at.channel / 32) * 32 + column % 8 * 4) * 16;
+    const float weight = factor * power_of_two(-place(D, L::key_bits, step, half));
+    uint32_t natural[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      natural[i] = pack_half2(x[n][2 * i] * factor, x[n][2 * i + 1] * factor);
+      const float low = x[n][2 * i] * weight, high = x[n][2 * i + 1] * weight;
+      if constexpr (L::exact_queries)
+        *reinterpret_cast<float2*>(for_records + 2 * fragment + step % 2 * 512 + i * 16 + half * 8 - column % 8 * 64) =
+            make_float2(low, high);
+      else
+        *reinterpret_cast<uint32_t*>(for_records + fragment + i * 16 + step % 2 * 8 + half * 4) = pack_half2(low, high);
+    }
+    *reinterpret_cast<uint4*>(for_slots + fragment + at.channel % 32 * 2) =
+        make_uint4(natural[0], natural[1], natural[2], natural[3]);
+  }
+  __syncthreads();
+}
 
 }  // namespace kvarn

@@ -57,18 +57,31 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
     load_k_order<KT>(zero, keys + L::key_channel_zero, c);
 #pragma unroll
     for (int b = 0; b < NT; b++) {
-      float cz[kinds][4] = {};
+      // Several chains of products: one would be bound by its latency.
+      float cz[kinds][2][2][4] = {};
 #pragma unroll
       for (int k = 0; k < KT; k++) {
-        if (k % 2 == 0) load128(&q[b][k][0], queries + (b * (KT / 2) + k / 2) * 32 + lane);
-        float(&c_h)[4] = cz[place_kind<D, B>(k)];
+        float exact[4];
+        if constexpr (L::exact_queries) {
+          load128(reinterpret_cast<uint32_t*>(exact), queries + (b * KT + k) * 32 + lane);
+          q[b][k][0] = pack_half2(exact[0], exact[1]), q[b][k][1] = pack_half2(exact[2], exact[3]);
+        } else if (k % 2 == 0) {
+          load128(&q[b][k][0], queries + (b * (KT / 2) + k / 2) * 32 + lane);
+        }
+        float(&c_h)[2][4] = cz[place_kind<D, B>(k)][kinds == 1 ? k % 2 : k / 2 % 2];
         const uint32_t az[4] = {half2_fma(scale[2 * k], middle, zero[2 * k]), 0u, 0u,
                                 half2_fma(scale[2 * k + 1], middle, zero[2 * k + 1])};
-        mma(c_h, az, q[b][k][0], q[b][k][1], c_h);
-        q[b][k][0] = half2_mul(q[b][k][0], scale[2 * k]);
-        q[b][k][1] = half2_mul(q[b][k][1], scale[2 * k + 1]);
+        mma(c_h[0], az, q[b][k][0], q[b][k][1], c_h[0]);
+        if constexpr (L::exact_queries) {
+          const float2 low = unpack_half2(scale[2 * k]), high = unpack_half2(scale[2 * k + 1]);
+          q[b][k][0] = pack_half2(exact[0] * low.x, exact[1] * low.y);
+          q[b][k][1] = pack_half2(exact[2] * high.x, exact[3] * high.y);
+        } else {
+          q[b][k][0] = half2_mul(q[b][k][0], scale[2 * k]);
+          q[b][k][1] = half2_mul(q[b][k][1], scale[2 * k + 1]);
+        }
         const uint32_t am[4] = {minus_middle, 0u, 0u, minus_middle};
-        mma(c_h, am, q[b][k][0], q[b][k][1], c_h);
+        mma(c_h[1], am, q[b][k][0], q[b][k][1], c_h[1]);
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -77,7 +90,9 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
         for (int kind = 0; kind < kinds; kind++)
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            s = fmaf(cz[kind][2 * half + i], power_of_two(place(D, B, kind_example<B>(kind), half) + kSubnormal), s);
+            s = fmaf((cz[kind][0][0][2 * half + i] + cz[kind][1][0][2 * half + i]) +
+                         (cz[kind][0][1][2 * half + i] + cz[kind][1][1][2 * half + i]),
+                     power_of_two(place(D, B, kind_example<B>(kind), half) + kSubnormal), s);
         seed[b][i] = seed[b][2 + i] = s;
       }
     }
@@ -151,12 +166,14 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
     load_k_order<MT>(scale, values + L::value_token_scale - origin, c);
 #pragma unroll
     for (int b = 0; b < NT; b++) {
+      float em[2][4] = {};
 #pragma unroll
       for (int t = 0; t < MT; t++) {
         P[b][t][0] = half2_mul(P[b][t][0], scale[2 * t]);
         P[b][t][1] = half2_mul(P[b][t][1], scale[2 * t + 1]);
         const uint32_t am[4] = {minus_middle, 0u, minus_middle, 0u};
-        mma(ez[b][t % 2], am, P[b][t][0], P[b][t][1], ez[b][t % 2]);
+        float(&chain)[4] = t % 4 < 2 ? ez[b][t % 2] : em[t % 2];
+        mma(chain, am, P[b][t][0], P[b][t][1], chain);
       }
       softmax.sum[b][0] += ez[b][0][2] + ez[b][1][2];
       softmax.sum[b][1] += ez[b][0][3] + ez[b][1][3];
@@ -167,7 +184,7 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
 #pragma unroll
           for (int i = 0; i < 2; i++)
             seed[b][kind][2 * half + i] =
-                (ez[b][0][i] + ez[b][1][i]) * power_of_two(place(D, B, kind_example<B>(kind), half) + kSubnormal);
+                ((ez[b][0][i] + ez[b][1][i]) + (em[0][i] + em[1][i])) * power_of_two(place(D, B, kind_example<B>(kind), half) + kSubnormal);
     }
   }
   float A[NT][DT][4];
@@ -202,7 +219,7 @@ __device__ __forceinline__ void record_values(const unsigned char* values, Softm
 
 // What O[.][block][2 half ..] of record tiles must be multiplied by.
 template <class L>
-__host__ __device__ constexpr float record_output_unit(int block, int half) {
+__device__ __forceinline__ float record_output_unit(int block, int half) {
   return power_of_two(-place(L::D, L::value_bits, block, half) - kSubnormal);
 }
 

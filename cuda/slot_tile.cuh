@@ -1,7 +1,7 @@
 // A quarter of a slot (sink or tail tokens in 16 bit) against the queries of an item: one warp, straight from global memory.
 //
 // Every load is 16 bytes: eight neighbouring channels of one token. For K the channels of two k steps are dealt out to the
-// lanes accordingly (QueryRows::fragments does the same), which changes nothing in a sum over channels. For V, 8 x 8 blocks
+// lanes accordingly (make_fragments does the same), which changes nothing in a sum over channels. For V, 8 x 8 blocks
 // are transposed in registers, and the output's rows are a permutation of the channels: see `slot_output_channel`.
 //
 // Cost: (G/4) D 4 bytes from global memory, read once.

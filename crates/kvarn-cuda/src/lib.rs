@@ -19,6 +19,7 @@ mod params;
 mod plan;
 mod pool;
 mod probe;
+mod share;
 mod staging;
 mod step;
 mod stream;

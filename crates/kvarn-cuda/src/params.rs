@@ -43,10 +43,12 @@ pub(crate) struct AppendParams {
     pub value_bits: i32,
 }
 
-/// Words of an item; see `Item` in `cuda/params.cuh`.
-pub(crate) const ITEM_WORDS: usize = 12;
 /// Most record tiles of an item.
-pub(crate) const ITEM_TILES: usize = 64;
+pub(crate) const ITEM_TILES: usize = 32;
+/// Words of an item, the last of them pages; see `Item` in `cuda/params.cuh`.
+pub(crate) const ITEM_WORDS: usize = 12 + ITEM_TILES;
+/// Words of a share: item, head, count, unused, and its first item; see `Share` in `cuda/params.cuh`.
+pub(crate) const SHARE_WORDS: usize = 4 + ITEM_WORDS;
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -55,12 +57,11 @@ pub(crate) struct AttendParams {
     pub out: Tensor,
     pub cache: Cache,
     pub items: u64,
-    pub item_pages: u64,
-    pub item_count: u64,
+    pub shares: u64,
     pub sink_logits: u64,
     pub lse: u64,
     pub partial_out: u64,
-    pub partial_max_sum: u64,
+    pub partial_base_sum: u64,
     pub counters: u64,
     pub dtype: i32,
     pub rotated: i32,

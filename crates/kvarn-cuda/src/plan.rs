@@ -65,8 +65,6 @@ pub(crate) struct AttendKey {
 pub(crate) struct AttendPlan {
     /// `[items, ITEM_WORDS]`.
     pub items: Vec<i32>,
-    /// `[items, ITEM_TILES]`.
-    pub pages: Vec<i32>,
     /// Partial results, over all query blocks.
     pub parts: usize,
     /// Query blocks.
@@ -94,11 +92,6 @@ impl AttendPlan {
             }
         }
         made
-    }
-
-    /// Items.
-    pub(crate) fn count(&self) -> usize {
-        self.items.len() / ITEM_WORDS
     }
 
     fn add_block(
@@ -137,8 +130,8 @@ impl AttendPlan {
                 .map(|word| word as i32),
             );
             let tiles = piece.first_tile..piece.first_tile + piece.tiles;
-            self.pages.extend_from_slice(&view.block_table[tiles]);
-            self.pages.resize(self.count() * ITEM_TILES, 0);
+            self.items.extend_from_slice(&view.block_table[tiles]);
+            self.items.resize(self.items.len().next_multiple_of(ITEM_WORDS), 0);
         }
         self.parts += pieces.len();
         self.counters += 1;

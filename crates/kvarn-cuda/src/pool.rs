@@ -9,12 +9,12 @@ use kvarn::pool::{Layer, LayerShape, PoolCore, PoolError, PoolLayout, check_expa
 use kvarn::tables::{SequenceId, SequenceView, StepPlan};
 use kvarn::{Config, DType};
 
-use crate::geometry;
+use crate::geometry::{self, AttendGeometry};
 use crate::params::{Cache, ExpandParams};
 use crate::tensor::dtype_number;
 use crate::upload::StepBuffers;
 use crate::workspace::Workspaces;
-use crate::{Device, DeviceMemory, DeviceTensor, Error, MemoryView, Step, Stream, launch};
+use crate::{Device, DeviceMemory, DeviceTensor, Error, Kernel, MemoryView, Step, Stream, launch};
 
 /// The cache memory of one model on one device.
 ///
@@ -32,6 +32,8 @@ pub struct Pool {
     workspaces: Workspaces,
     /// Pages and slots, from the first, whose memory is provided.
     provided: Mutex<(usize, usize)>,
+    /// Thread blocks of each attention kernel that the device holds at a time, by its name.
+    resident: Mutex<Vec<(&'static str, usize)>>,
 }
 
 impl Pool {
@@ -61,8 +63,8 @@ impl Pool {
         let slots = DeviceMemory::reserve(device, layout.slot_memory, "slots")?;
         let counts = DeviceMemory::allocate(device, 16, "counts")?;
         let (buffers, workspaces) = (StepBuffers::new(device), Workspaces::new(device));
-        let provided = Mutex::default();
-        Ok(Arc::new(Self { core, device, pages, slots, counts, buffers, workspaces, provided }))
+        let (provided, resident) = (Mutex::default(), Mutex::default());
+        Ok(Arc::new(Self { core, device, pages, slots, counts, buffers, workspaces, provided, resident }))
     }
 
     /// Sequences, tables, layout.
@@ -175,6 +177,18 @@ impl Pool {
 
     pub(crate) const fn workspaces(&self) -> &Workspaces {
         &self.workspaces
+    }
+
+    /// Thread blocks of an attention kernel that the device holds at a time: its grid.
+    pub(crate) fn resident(&self, kernel: &Kernel, geometry: &AttendGeometry) -> Result<usize, Error> {
+        let mut known = self.resident.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(.., blocks)) = known.iter().find(|(name, _)| *name == kernel.name()) {
+            return Ok(blocks);
+        }
+        let each = kernel.blocks_per_multiprocessor(geometry.threads, geometry.shared)?;
+        let blocks = (each * self.device.limits().multiprocessors) as usize;
+        known.push((kernel.name(), blocks));
+        Ok(blocks)
     }
 
     pub(crate) fn counts_address(&self) -> u64 {

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvarn::pool::{AttendOptions, Layer, OpenStep, check_attend, check_rows};
 
 use crate::geometry::{self, AttendGeometry};
-use crate::params::{AppendParams, AttendParams};
+use crate::params::{AppendParams, AttendParams, SHARE_WORDS};
 use crate::plan::{AppendPlan, AttendKey, AttendPlan};
 use crate::pool::check_type;
+use crate::share::{Cost, Grid, shares};
 use crate::tensor::dtype_number;
 use crate::upload::{StepBuffer, Words};
 use crate::workspace::Workspace;
@@ -40,12 +41,11 @@ struct SentAttend {
     key: AttendKey,
     kv_heads: usize,
     head_dim: usize,
+    thread_blocks: usize,
     buffer: StepBuffer,
     stream: Stream,
     items: Words,
-    pages: Words,
-    count: Words,
-    item_count: usize,
+    shares: Words,
     columns: usize,
     /// Elements of all partial outputs.
     outputs: usize,
@@ -185,7 +185,10 @@ impl Step {
                 window: settings.window,
             };
             let mut sent = self.attend.lock().unwrap_or_else(PoisonError::into_inner);
-            let sent = self.sent(&mut sent, at, key, stream)?;
+            let kernel =
+                self.pool.device().kernel(&geometry.name(&at.config), &[size_of::<AttendParams>()])?;
+            let thread_blocks = self.pool.resident(&kernel, &geometry)?;
+            let sent = self.sent(&mut sent, at, key, thread_blocks, stream)?;
             let sinks = at.config.sink_tokens();
             let results = sent.workspace.results();
             let mut params = AttendParams {
@@ -193,12 +196,11 @@ impl Step {
                 out: out.parameter(),
                 cache: self.pool.cache(at),
                 items: sent.items.address,
-                item_pages: sent.pages.address,
-                item_count: sent.count.address,
+                shares: sent.shares.address,
                 sink_logits: sink_logits.map_or(0, |(address, _)| address),
                 lse: lse.map_or(0, |(address, _)| address),
                 partial_out: results,
-                partial_max_sum: results + 4 * sent.outputs as u64,
+                partial_base_sum: results + 4 * sent.outputs as u64,
                 counters: sent.workspace.counters(),
                 dtype: dtype_number(q.dtype()),
                 rotated: i32::from(settings.rotated),
@@ -209,9 +211,7 @@ impl Step {
                 scale: settings.scale,
                 softcap: settings.softcap.unwrap_or(0.0),
             };
-            let kernel =
-                self.pool.device().kernel(&geometry.name(&at.config), &[size_of::<AttendParams>()])?;
-            let grid = [sent.item_count as u32, at.shape.kv_heads as u32, 1];
+            let grid = [(sent.shares.count / SHARE_WORDS) as u32, 1, 1];
             let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
             // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
             let launched = unsafe {
@@ -228,32 +228,36 @@ impl Step {
         sent: &'a mut Vec<SentAttend>,
         at: &Layer,
         key: AttendKey,
+        thread_blocks: usize,
         stream: Stream,
     ) -> Result<&'a mut SentAttend, Error> {
         let (kv_heads, head_dim) = (at.shape.kv_heads, at.shape.head_dim);
         let same = |sent: &SentAttend| {
-            sent.key == key && sent.stream == stream && (sent.kv_heads, sent.head_dim) == (kv_heads, head_dim)
+            sent.key == key
+                && sent.stream == stream
+                && (sent.kv_heads, sent.head_dim, sent.thread_blocks) == (kv_heads, head_dim, thread_blocks)
         };
         if let Some(index) = sent.iter().position(same) {
             return Ok(&mut sent[index]);
         }
         let arrays = AttendPlan::new(self.open.plan(), &self.pool.core().layout().rule, key);
+        let token = 2 * head_dim * 2;
+        let cost = Cost { record: at.config.layout().record_bytes as u64, token: token as u64 };
+        let shares = shares(&arrays, kv_heads, Grid::Resident(thread_blocks), cost);
         let outputs = arrays.parts * kv_heads * arrays.columns * head_dim;
         let bytes = 4 * (outputs + 2 * arrays.parts * kv_heads * arrays.columns);
         let workspace = self.pool.workspaces().take(stream, arrays.counters * kv_heads, bytes)?;
-        let mut buffer = self.pool.buffers().take(&[arrays.items.len(), arrays.pages.len(), 1])?;
-        let count = [arrays.count() as i32];
-        let [items, pages, count] = buffer.send(stream, [&arrays.items, &arrays.pages, &count])?;
+        let mut buffer = self.pool.buffers().take(&[arrays.items.len(), shares.len()])?;
+        let [items, shares] = buffer.send(stream, [&arrays.items, &shares])?;
         sent.push(SentAttend {
             key,
             kv_heads,
             head_dim,
+            thread_blocks,
             buffer,
             stream,
             items,
-            pages,
-            count,
-            item_count: arrays.count(),
+            shares,
             columns: arrays.columns,
             outputs,
             workspace,

@@ -10,7 +10,7 @@ use kvarn::{Bits, Config, ConfigOptions};
 
 use super::*;
 use crate::params::{
-    AppendParams, AttendParams, Cache, ExpandParams, ITEM_TILES, ITEM_WORDS, SEAL_WORDS, Tensor,
+    AppendParams, AttendParams, Cache, ExpandParams, ITEM_TILES, ITEM_WORDS, SEAL_WORDS, SHARE_WORDS, Tensor,
 };
 
 const GROUPS: [usize; 2] = [64, 128];
@@ -179,12 +179,11 @@ fn parameters_have_the_same_sizes_and_offsets() {
             out,
             cache,
             items,
-            item_pages,
-            item_count,
+            shares,
             sink_logits,
             lse,
             partial_out,
-            partial_max_sum,
+            partial_base_sum,
             counters,
             dtype,
             rotated,
@@ -231,37 +230,44 @@ fn parameters_have_the_same_sizes_and_offsets() {
         "stored",
         "first_part",
         "counter",
+        "pages",
     ];
     for (index, field) in item.iter().enumerate() {
         let _ = writeln!(body, "std::printf(\"{field} %zu\\n\", offsetof(Item, {field}));");
         expected.push(format!("{field} {}", 4 * index));
     }
-    body += "std::printf(\"%zu %zu %d\\n\", sizeof(Seal), sizeof(Item), kItemTiles);\n";
-    expected.push(line(&[4 * SEAL_WORDS, 4 * ITEM_WORDS, ITEM_TILES]));
+    for (index, field) in ["item", "head", "count", "unused", "first"].iter().enumerate() {
+        let _ = writeln!(body, "std::printf(\"{field} %zu\\n\", offsetof(Share, {field}));");
+        expected.push(format!("{field} {}", 4 * index));
+    }
+    body += "std::printf(\"%zu %zu %zu %d\\n\", sizeof(Seal), sizeof(Item), sizeof(Share), kItemTiles);\n";
+    expected.push(line(&[4 * SEAL_WORDS, 4 * ITEM_WORDS, 4 * SHARE_WORDS, ITEM_TILES]));
     assert_eq!(printed("params", &body), expected);
 }
 
 #[test]
 fn attention_takes_the_memory_worked_out_by_hand() {
-    // D 128, G 128, k4v2: K 8192 + 512 + 256, V 4096 + 256 + 512 bytes; four warps hold 55 296, more than their results,
-    // 4 · 8 · 134 · 4. Then 128 bytes of barriers, 2048 of fragments and 4384 of rows, for each eight columns.
+    // D 128, G 128, k4v2: K 8192 + 512 + 256, V 4096 + 256 + 512 bytes, more than the results of eight columns, 8 · 132 · 4,
+    // but less than those of sixteen; 16 of barriers. Then twice 2048 of fragments for each eight columns, four shares of
+    // 48 words, a unit and as many words as columns, a flag.
     let four = config(128, 128, (4, 2));
     let made = |columns| AttendGeometry::new(&four, 4, columns).unwrap();
-    assert_eq!(made(4), AttendGeometry { blocks: 1, threads: 128, shared: 55_296 + 128 + 2_048 + 4_384 });
-    assert_eq!(
-        made(9),
-        AttendGeometry { blocks: 2, threads: 128, shared: 55_296 + 128 + 2 * (2_048 + 4_384) }
-    );
+    let one = 4 * (8_960 + 4_864 + 16) + 2 * 2_048 + 768 + 48;
+    assert_eq!(made(4), AttendGeometry { blocks: 1, threads: 128, shared: one });
+    let two = 4 * (8_960 + 8_448 + 16) + 4 * 2_048 + 768 + 80;
+    assert_eq!(made(9), AttendGeometry { blocks: 2, threads: 128, shared: two });
     assert_eq!((made(4).query_tokens(4), made(9).query_tokens(4), made(9).query_tokens(3)), (2, 4, 5));
     assert_eq!(made(9).name(&four), "kvarn_attend_d128_g128_k4v2_n2");
 
-    // D 256, G 128, k8v8: a warp's buffers are 2 · 32 768 + 1280 + 1024 bytes: two warps, and one block of columns only.
+    // D 256, G 128, k8v8: a warp's buffers are 2 · 32 768 + 1280 + 1024 bytes: two warps, and one block of columns only;
+    // fragments for records are in float32.
     let wide = AttendGeometry::new(&config(256, 128, (8, 8)), 2, 64).unwrap();
-    assert_eq!(wide, AttendGeometry { blocks: 1, threads: 64, shared: 2 * 67_840 + 128 + 4_096 + 8_480 });
+    let expected = 2 * (67_840 + 16) + 3 * 4_096 + 768 + 48;
+    assert_eq!(wide, AttendGeometry { blocks: 1, threads: 64, shared: expected });
 
-    // D 256, G 64, k2v2: the results, 4 · 8 · 262 · 4, are smaller than the records' 4 · (2 · 4096 + 1152 + 768).
-    let narrow = AttendGeometry::new(&config(256, 64, (2, 2)), 8, 8).unwrap();
-    assert_eq!(narrow, AttendGeometry { blocks: 1, threads: 128, shared: 40_448 + 128 + 4_096 + 8_480 });
+    // D 128, G 128, k4v4: three blocks fit a multiprocessor of 228 KB, where each takes 1 KB more than it asks for.
+    let most = AttendGeometry::new(&config(128, 128, (4, 4)), 4, 4).unwrap();
+    assert!(3 * (most.shared + 1_024) <= 228 * 1_024, "{most:?}");
 }
 
 #[test]

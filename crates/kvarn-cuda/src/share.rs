@@ -1,0 +1,88 @@
+//! Which thread block does which part of an attention: pure, tested without a GPU.
+//!
+//! All work has one order: the items of a block of queries for KV head 0, then for head 1 …, then those of the next block.
+//! Each thread block does a run of it, of about the same number of bytes. How items are merged does not depend on who did
+//! them: results are the same whatever the number of thread blocks.
+
+use crate::params::{ITEM_WORDS, SHARE_WORDS};
+use crate::plan::AttendPlan;
+
+/// Bytes that items read, per KV head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cost {
+    /// Of a record tile.
+    pub record: u64,
+    /// Of a token in a slot.
+    pub token: u64,
+}
+
+impl Cost {
+    /// Of the item with these words.
+    fn of(self, item: &[i32]) -> u64 {
+        // One more record: what an item costs by itself.
+        (item[1] as u64 + 1) * self.record + item[3] as u64 * self.token
+    }
+}
+
+/// Thread blocks of the launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Grid {
+    /// One for each share, on a device that holds this many at a time.
+    Resident(usize),
+    /// This many, the last ones perhaps without work: a captured launch serves every step.
+    Fixed(usize),
+}
+
+/// Records that the share of a block may have where the device does all work at once; above, shares are
+/// [`SHARE_RECORDS`] long, and a block that is done makes room for the next one.
+const ONE_WAVE_RECORDS: u64 = 32;
+const SHARE_RECORDS: u64 = 16;
+
+/// Shares of all work: `[shares, SHARE_WORDS]`.
+///
+/// Where each block of one wave has little to do, one share each: a block begins with the latency of several loads. Where it
+/// has much, shorter ones: blocks do not get on equally fast.
+pub(crate) fn shares(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost) -> Vec<i32> {
+    let items: Vec<&[i32]> = plan.items.chunks_exact(ITEM_WORDS).collect();
+    let total = kv_heads as u64 * items.iter().map(|item| cost.of(item)).sum::<u64>();
+    let (blocks, fixed) = match grid {
+        Grid::Resident(blocks) => (blocks, false),
+        Grid::Fixed(blocks) => (blocks, true),
+    };
+    let one_wave = fixed || total <= ONE_WAVE_RECORDS * cost.record * blocks as u64;
+    let count = if one_wave { blocks as u64 } else { total.div_ceil(SHARE_RECORDS * cost.record) };
+    // One piece each where there are few.
+    let each = items.len() * kv_heads <= blocks;
+    let mut made: Vec<i32> = Vec::new();
+    let (mut before, mut share) = (0, 0); // cost of the pieces so far; share that the present piece belongs to
+    let mut at = 0;
+    while at < items.len() {
+        let parts = items[at][5] as usize;
+        for head in 0..kv_heads {
+            for (index, item) in items[at..at + parts].iter().enumerate() {
+                let cost = cost.of(item);
+                // The share that the middle of the piece falls into.
+                let mut begins = each || made.is_empty();
+                while (2 * before + cost) * count >= 2 * total * (share + 1) {
+                    share += 1;
+                    begins = true;
+                }
+                if begins {
+                    made.extend([(at + index) as i32, head as i32, 0, 0]);
+                    made.extend_from_slice(item);
+                }
+                let last = made.len() - SHARE_WORDS;
+                made[last + 2] += 1;
+                before += cost;
+            }
+        }
+        at += parts;
+    }
+    if fixed {
+        made.resize(blocks * SHARE_WORDS, 0);
+    }
+    made
+}
+
+#[cfg(test)]
+mod tests;

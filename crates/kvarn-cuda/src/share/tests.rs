@@ -1,0 +1,83 @@
+//! Shares of random plans: every piece of work once, in order, and about as many bytes each.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Items of query blocks with these parts, each of so many record tiles and slot tokens.
+fn plan(blocks: &[Vec<(i32, i32)>]) -> AttendPlan {
+    let mut made = AttendPlan::default();
+    for block in blocks {
+        for (part, &(tiles, tokens)) in block.iter().enumerate() {
+            let mut words = [0; ITEM_WORDS];
+            words[1] = tiles;
+            words[3] = tokens;
+            words[4] = part as i32;
+            words[5] = block.len() as i32;
+            made.items.extend(words);
+        }
+    }
+    made
+}
+
+/// All work in its order: (item, head).
+fn all(blocks: &[Vec<(i32, i32)>], kv_heads: usize) -> Vec<(i32, i32)> {
+    let mut work = Vec::new();
+    let mut first = 0;
+    for block in blocks {
+        for head in 0..kv_heads {
+            work.extend((0..block.len()).map(|part| ((first + part) as i32, head as i32)));
+        }
+        first += block.len();
+    }
+    work
+}
+
+const COST: Cost = Cost { record: 13_824, token: 512 };
+
+proptest! {
+    #[test]
+    fn every_piece_of_work_is_in_one_share(
+        blocks in prop::collection::vec(
+            prop::collection::vec(prop_oneof![(1..=32_i32, Just(0)), (Just(0), 1..=128_i32)], 1..40),
+            0..40,
+        ),
+        kv_heads in 1..9_usize,
+        resident in 1..400_usize,
+        fixed in any::<bool>(),
+    ) {
+        let plan = plan(&blocks);
+        let work = all(&blocks, kv_heads);
+        let grid = if fixed { Grid::Fixed(resident) } else { Grid::Resident(resident) };
+        let made = shares(&plan, kv_heads, grid, COST);
+        let cost_of = |item: i32| COST.of(&plan.items[item as usize * ITEM_WORDS..][..ITEM_WORDS]);
+        let total: u64 = work.iter().map(|&(item, _)| cost_of(item)).sum();
+        let largest = work.iter().map(|&(item, _)| cost_of(item)).max().unwrap_or(0);
+
+        let (mut at, mut ended) = (0, false);
+        for share in made.chunks_exact(SHARE_WORDS) {
+            let count = share[2] as usize;
+            if count == 0 {
+                ended = true;
+                prop_assert!(fixed && share.iter().all(|&word| word == 0));
+                continue;
+            }
+            prop_assert!(!ended, "shares without work come last");
+            prop_assert_eq!((share[0], share[1]), work[at]);
+            prop_assert_eq!(&share[4..], &plan.items[share[0] as usize * ITEM_WORDS..][..ITEM_WORDS]);
+            let mine: u64 = work[at..at + count].iter().map(|&(item, _)| cost_of(item)).sum();
+            let fair = if fixed { total / resident as u64 } else {
+                (total / resident as u64).max(SHARE_RECORDS * COST.record)
+            };
+            prop_assert!(mine <= fair + largest + 1, "{} of {}", mine, fair);
+            at += count;
+        }
+        prop_assert_eq!(at, work.len());
+        if fixed {
+            prop_assert_eq!(made.len(), resident * SHARE_WORDS);
+        }
+        if work.len() <= resident {
+            prop_assert!(made.chunks_exact(SHARE_WORDS).all(|share| share[2] <= 1), "few pieces: one each");
+        }
+    }
+}
