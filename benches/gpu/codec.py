@@ -147,7 +147,7 @@ def main():
     for preset in presets:
         for head_dim in (128, 64, 96, 256) if preset == k4v2 and not small else (128,):
             with report.part(f"expand {preset} D {head_dim}"):
-                tokens = 8192 if small else 131072
+                tokens = (8192 if small else 131072) * 128 // head_dim
                 expand_row(report, preset, head_dim, stream, tokens=tokens, repeats=replays)
     return report.close()
 
