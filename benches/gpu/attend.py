@@ -57,6 +57,8 @@ def attend_row(preset, lengths, *, heads, kv_heads, head_dim, q_len, stream, rep
 def shape_rows(report, shape, presets, peers, stream, replays, skip):
     """One row for each preset, beside the peers."""
     times = peers.times(shape, stream, replays, skip)
+    # Pools take their memory from the driver, past torch.
+    torch.cuda.empty_cache()
     name, us = fastest(times)
     listed = ", ".join(f"{peer} {entry['us']:.1f}" for peer, entry in times.items())
     print(f"{shape}: peers µs: {listed or 'none'}", flush=True)

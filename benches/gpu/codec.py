@@ -58,9 +58,7 @@ def seal_row(report, preset, head_dim, refit, stream, *, tiles, replays):
 def fill_row(report, preset, head_dim, refit, stream, *, sequences, replays):
     cfg = kvarn.Config(preset, head_dim=head_dim, refit=refit)
     each = sequences * KV_HEADS * (cfg.record_bytes + cfg.group * head_dim * 4)
-    filled = FilledPool(
-        cfg, [3 * cfg.group - 1] * sequences, kv_heads=KV_HEADS, layers=1 + cold_copies(each)
-    )
+    filled = FilledPool(cfg, [3 * cfg.group - 1] * sequences, kv_heads=KV_HEADS, layers=1 + cold_copies(each))
     us = append_time(filled, 1, stream, replays)
     report.row(
         f"fill {preset} D {head_dim} refit {'on ' if refit else 'off'}: {sequences} sequences fill a tile: "
@@ -106,8 +104,8 @@ def expand_row(report, preset, head_dim, stream, *, tokens, repeats):
     written = tokens * KV_HEADS * head_dim * 2 * 2
     plain = plain_write_time(written, stream)
     report.row(
-        f"expand {preset} D {head_dim}: {tokens} tokens in {us:.1f} µs, {written / us / 1e3:.0f} GB/s written, "
-        f"{plain / us:.2f} of a plain write, host {host_us:.1f} µs",
+        f"expand {preset} D {head_dim}: {tokens} tokens in {us:.1f} µs, "
+        f"{written / us / 1e3:.0f} GB/s written, {plain / us:.2f} of a plain write, host {host_us:.1f} µs",
         kind="expand",
         preset=preset,
         head_dim=head_dim,
@@ -138,9 +136,7 @@ def main():
     for preset in presets:
         for refit in (False, True):
             with report.part(f"fill {preset} refit {refit}"):
-                fill_row(
-                    report, preset, 128, refit, stream, sequences=8 if small else 64, replays=REPLAYS
-                )
+                fill_row(report, preset, 128, refit, stream, sequences=8 if small else 64, replays=REPLAYS)
     for sequences in (1, 8, 32, 64):
         with report.part(f"append {sequences}"):
             append_row(report, k4v2, sequences, stream, replays=REPLAYS)

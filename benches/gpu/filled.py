@@ -40,9 +40,7 @@ class FilledPool:
 
     def rows(self, count):
         """Random keys or values, [count, kv_heads, head_dim]."""
-        return torch.randn(
-            count, self.kv_heads, self.cfg.head_dim, device=self.device, dtype=torch.float16
-        )
+        return torch.randn(count, self.kv_heads, self.cfg.head_dim, device=self.device, dtype=torch.float16)
 
     def step(self, count):
         """An open step of `count` new tokens for every sequence."""

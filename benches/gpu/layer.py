@@ -44,9 +44,7 @@ def layer_row(report, preset, shape, stream, replays):
     # The first layer carries the step's uploads and is not measured.
     layers = 1 + cold_copies(must)
     with torch.cuda.stream(stream):
-        filled = FilledPool(
-            cfg, [shape.tokens - 1] * shape.batch, kv_heads=shape.kv_heads, layers=layers
-        )
+        filled = FilledPool(cfg, [shape.tokens - 1] * shape.batch, kv_heads=shape.kv_heads, layers=layers)
         k, v = filled.rows(shape.batch), filled.rows(shape.batch)
         q = torch.randn(shape.batch, shape.heads, shape.head_dim, device="cuda", dtype=torch.float16)
         append_us = append_time(filled, 1, stream, replays)
@@ -66,8 +64,8 @@ def layer_row(report, preset, shape, stream, replays):
             )
     plain = plain_read_time(must, stream)
     report.row(
-        f"{preset} {shape}: append + attend {both_us:.1f} µs, attend {attend_us:.1f}, append {append_us:.1f}; "
-        f"plain read {plain:.1f} µs, {plain / both_us:.2f} of it",
+        f"{preset} {shape}: append + attend {both_us:.1f} µs, attend {attend_us:.1f}, "
+        f"append {append_us:.1f}; plain read {plain:.1f} µs, {plain / both_us:.2f} of it",
         kind="layer",
         preset=preset,
         **vars(shape),

@@ -36,7 +36,12 @@ def points(rows):
             at[context] = us, count_bytes / us / 1e3
 
     for row in rows:
-        if "lengths" in row or (row["heads"], row["kv_heads"], row["head_dim"], row["q_len"]) != (32, 8, 128, 1):
+        if "lengths" in row or (row["heads"], row["kv_heads"], row["head_dim"], row["q_len"]) != (
+            32,
+            8,
+            128,
+            1,
+        ):
             continue
         batch, context = row["batch"], row["context"]
         preset = row["preset"].removeprefix("kvarn_").removesuffix("_g128")

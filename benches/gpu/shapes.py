@@ -50,9 +50,7 @@ class Shape:
         return 2 * self.batch * self.tokens * self.kv_heads * self.head_dim
 
     def __str__(self) -> str:
-        return (
-            f"{self.heads}/{self.kv_heads} D {self.head_dim} q {self.q_len}: {self.batch} × {self.context}"
-        )
+        return f"{self.heads}/{self.kv_heads} D {self.head_dim} q {self.q_len}: {self.batch} × {self.context}"
 
 
 def main_shapes(contexts=CONTEXTS, batches=BATCHES):

@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+
 from peers.peer import DenseMemory, Peer, Prepared
 
 PAGE = 16

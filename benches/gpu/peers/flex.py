@@ -1,8 +1,9 @@
 """torch's flex_attention, compiled for each shape: with few queries it takes its split decode kernel."""
 
 import torch
-from peers.peer import DenseMemory, Peer, Prepared
 from torch.nn.attention.flex_attention import flex_attention
+
+from peers.peer import DenseMemory, Peer, Prepared
 
 
 class FlexPeer(Peer):

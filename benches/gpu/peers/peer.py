@@ -37,7 +37,7 @@ class DenseMemory:
 
     Attributes:
         shape: the shape.
-        caches: float16 [copies, elements]; even half as many bytes a copy are more than the L2 cache.
+        caches: float16 [copies, elements]; half of each, as fp8, still are together more than the L2 cache.
         q: queries, float16 [batch, heads, q_len, head_dim].
     """
 
@@ -114,6 +114,7 @@ class Peers:
         """Median µs of every peer that serves the shape, by name, with what its cache holds."""
         found = {}
         memory = DenseMemory(shape)
+        torch.cuda.synchronize()
         for peer in self._peers:
             if peer.name in skip:
                 continue

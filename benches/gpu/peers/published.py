@@ -10,8 +10,9 @@ parameters a tile as a KVarN record, so the bytes are the same; sinks and tail a
 import torch
 import triton
 import triton.language as tl
-from peers.peer import DenseMemory, Peer, Prepared, UnsupportedShapeError
 from timing import cold_copies
+
+from peers.peer import DenseMemory, Peer, Prepared, UnsupportedShapeError
 
 PAGE = 128
 SPLITS = 32

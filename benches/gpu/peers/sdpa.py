@@ -5,10 +5,11 @@ are read once in every backend.
 """
 
 import torch
-from peers.peer import DenseMemory, Peer, Prepared
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+
+from peers.peer import DenseMemory, Peer, Prepared
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
