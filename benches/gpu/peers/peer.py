@@ -129,6 +129,8 @@ class Peers:
                 }
             except Exception as problem:
                 self._report.miss(peer.name, f"{shape}: {type(problem).__name__}: {problem}")
+                if "\n" in str(problem).strip():
+                    print(str(problem)[-2000:], flush=True)  # a compiler says why at the end
             prepared = None
             torch.cuda.empty_cache()
         return found
