@@ -1,198 +1,153 @@
-"""Decode attention on a GPU: `python benches/gpu/attend.py [--out FILE]`.
+"""Decode attention beside its peers: `python benches/gpu/attend.py [--set main] [--out FILE]`.
 
 For each shape and preset: one launch of attend in a layer of a pool (rotations, sinks, tail and merge
-included), beside a plain read of the same bytes and the fastest of torch's SDPA backends on a 16-bit cache
-of the same tokens (with the query heads of a KV head folded into the query length too). Everything rotates
-over more memory than the L2 cache holds; medians of graph replays. Correctness is checked by
-tests/gpu/check.py.
+included), beside a plain read of the bytes it must read and every peer of benches/gpu/peers over as many
+tokens. Peers are first checked against float64. Correctness of kvarn itself is the business of
+tests/gpu/check.py. The set "ragged" compares 64 sequences of Zipf-distributed lengths with the same tokens
+evenly split.
 """
 
-import argparse
-import json
-import math
-import statistics
-import subprocess
-import time
+import random
+import sys
 
 import kvarn
 import torch
-import triton
-import triton.language as tl
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from filled import FilledPool
+from peers import all_peers
+from peers.peer import Peers, fastest
+from report import Report, parser
+from shapes import PRESETS, Shape, bytes_to_read, even_lengths, sets, zipf_lengths
+from timing import REPLAYS, cold_copies, graph_time, host_time, plain_read_time
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SHAPES = [(8, 32768), (32, 4096), (1, 131072), (1, 32768), (1, 4096), (32, 32768)]
-PRESETS = ["kvarn_k4v4_g128", "kvarn_k4v2_g128", "kvarn_k3v3_g128", "kvarn_k2v2_g128"]
-COLD = 400e6  # bytes to rotate over, several times the L2 cache
-
-
-@triton.jit
-def read_kernel(pointer, count, result, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(pointer + at, mask=at < count, other=0)
-    folded = tl.xor_sum(value)
-    if folded == 1234567890:  # never, but the compiler does not know
-        tl.store(result, folded)
+SMALL = [Shape(32, 8, 128, 1, 1024), Shape(32, 8, 128, 2, 4096, 4)]
+RAGGED_COUNT, RAGGED_LONGEST = 64, 32768
 
 
-def plain_read(memory, result):
-    words = memory.view(torch.int32)
-    read_kernel[(triton.cdiv(words.numel(), 16384),)](words, words.numel(), result, BLOCK=16384, num_warps=8)
-
-
-def graph_time(calls, stream, replays=50):
-    """Median µs of one call; `calls` are captured together so that each finds a cold cache."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        times = []
-        for _ in range(replays + 3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            times.append((start, end))
-        torch.cuda.synchronize()
-    return statistics.median(s.elapsed_time(e) * 1e3 / len(calls) for s, e in times[3:])
-
-
-def host_time(call, count=300):
-    """Median µs on the host of one call, nothing waited for."""
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-        if len(times) % 50 == 0:
-            torch.cuda.synchronize()
-    return statistics.median(times)
-
-
-def sdpa_time(batch, context, stream):
-    """The fastest backend on a 16-bit cache, µs."""
-    each = batch * context * KV_HEADS * HEAD_DIM * 4
-    copies = max(1, math.ceil(COLD / each))
-    kv = [
-        torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.float16)
-        for _ in range(copies)
-    ]
-    q = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.float16)
-    folded = q.view(batch, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
-    best = {}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        for name, query, gqa in (("gqa", q, True), ("folded", folded, False)):
-
-            def call(k, v, query=query, gqa=gqa, backend=backend):
-                with sdpa_kernel(backend):
-                    torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=gqa)
-
-            try:
-                best[f"{backend.name} {name}"] = graph_time(
-                    [lambda k=x[0], v=x[1]: call(k, v) for x in kv], stream
-                )
-            except RuntimeError:
-                continue  # the backend does not serve this shape
-    return min(best.items(), key=lambda item: item[1])
-
-
-def kvarn_row(preset, batch, context, stream):
-    cfg = kvarn.Config(preset, head_dim=HEAD_DIM)
-    tiles = context // cfg.group
-    each = batch * KV_HEADS * (tiles * cfg.record_bytes + 4 * cfg.group * HEAD_DIM * 2)
-    layers = max(1, math.ceil(COLD / each))
-    pool = kvarn.Pool(
-        cfg, layers=layers, kv_heads=KV_HEADS, pages=batch * tiles, slots=4 * batch + 8, device="cuda"
+def attend_row(preset, lengths, *, heads, kv_heads, head_dim, q_len, stream, replays):
+    """Times of attend over sequences of these lengths, the `q_len` query tokens included."""
+    cfg = kvarn.Config(preset, head_dim=head_dim)
+    sizes = {"kv_heads": kv_heads, "head_dim": head_dim}
+    must = bytes_to_read(
+        lengths, group=cfg.group, sink_tokens=cfg.sink_tokens, record_bytes=cfg.record_bytes, **sizes
     )
-    sequences = [pool.create() for _ in range(batch)]
-    chunk = 128 * max(1, 256 // batch)
-    filler = torch.randn(batch * chunk, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.float16)
+    layers = cold_copies(must)
     with torch.cuda.stream(stream):
-        stored = 0
-        while stored < context - cfg.group // 2:
-            count = min(chunk, context - cfg.group // 2 - stored)
-            rows = filler[: batch * count]
-            with pool.step(sequences, [count] * batch) as step:
-                for layer in range(layers):
-                    step.append(layer, rows, rows)
-            stored += count
-        step = pool.step(sequences, [1] * batch)
-        one = filler[:batch]
-        q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.float16)
-        append_host = []
-        for layer in range(layers):
-            start = time.perf_counter()
-            step.append(layer, one, one)
-            append_host.append((time.perf_counter() - start) * 1e6)
-        step.attend(0, q)
-        attend_host = host_time(lambda: step.attend(0, q))
-    calls = [lambda layer=layer: step.attend(layer, q) for layer in range(layers)]
-    us = graph_time(calls, stream)
-    step.abandon()
-    # Bytes of one layer that the call must read: sealed records, the sink, the stored part of the tail.
-    sealed = (stored // cfg.group) - 1
-    tail = stored + 1 - (sealed + 1) * cfg.group
-    token = KV_HEADS * HEAD_DIM * 4
-    must = batch * (sealed * KV_HEADS * cfg.record_bytes + (cfg.group + tail) * token)
-    memory = torch.empty(layers, must // 4 * 4, dtype=torch.uint8, device="cuda").random_(0, 255)
-    result = torch.zeros(1, dtype=torch.int32, device="cuda")
-    plain = graph_time([lambda m=m: plain_read(m, result) for m in memory], stream)
+        filled = FilledPool(cfg, [length - q_len for length in lengths], kv_heads=kv_heads, layers=layers)
+        with filled.step(q_len) as step:
+            tokens = q_len * len(lengths)
+            k, v = filled.rows(tokens), filled.rows(tokens)
+            q = torch.randn(tokens, heads, head_dim, device="cuda", dtype=torch.float16)
+            for layer in range(layers):
+                step.append(layer, k, v)
+            host_us = host_time(lambda: step.attend(0, q))
+            calls = [lambda layer=layer: step.attend(layer, q) for layer in range(layers)]
+            us = graph_time(calls, stream, replays=replays)
+    plain = plain_read_time(must, stream)
     return {
         "preset": preset,
-        "batch": batch,
-        "context": stored + 1,
         "us": us,
         "bytes": must,
         "gb_per_s": must / us / 1e3,
         "plain_read_us": plain,
         "of_plain_read": plain / us,
-        "attend_host_us": attend_host,
-        "append_host_us": statistics.median(append_host),
+        "attend_host_us": host_us,
     }
 
 
+def shape_rows(report, shape, presets, peers, stream, replays, skip):
+    """One row for each preset, beside the peers."""
+    times = peers.times(shape, stream, replays, skip)
+    # Pools take their memory from the driver, past torch.
+    torch.cuda.empty_cache()
+    name, us = fastest(times)
+    listed = ", ".join(f"{peer} {entry['us']:.1f}" for peer, entry in times.items())
+    print(f"{shape}: peers µs: {listed or 'none'}", flush=True)
+    for preset in presets:
+        with report.part(f"{preset} {shape}"):
+            row = attend_row(
+                preset,
+                [shape.tokens] * shape.batch,
+                heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                q_len=shape.q_len,
+                stream=stream,
+                replays=replays,
+            )
+            times_peer = us / row["us"] if us else None
+            beside = f"{times_peer:5.2f} × {name} ({us:.1f} µs)" if us else "no fp16 peer"
+            report.row(
+                f"{preset} {shape}: {row['us']:7.1f} µs, {row['gb_per_s']:5.0f} GB/s, "
+                f"{row['of_plain_read']:.2f} of plain read, {beside}, host {row['attend_host_us']:.1f} µs",
+                **vars(shape),
+                tokens=shape.tokens,
+                fp16_bytes=2 * shape.elements,
+                **row,
+                peer=name,
+                peer_us=us,
+                times_peer=times_peer,
+                peers={peer: entry["us"] for peer, entry in times.items()},
+                peers_hold={peer: entry["holds"] for peer, entry in times.items()},
+            )
+
+
+def ragged_row(report, preset, count, longest, stream, replays):
+    """A ragged batch against the same tokens evenly split."""
+    ragged = zipf_lengths(count, longest)
+    random.Random(0).shuffle(ragged)
+    sizes = {"heads": 32, "kv_heads": 8, "head_dim": 128, "q_len": 1, "stream": stream, "replays": replays}
+    rows = [attend_row(preset, x, **sizes) for x in (ragged, even_lengths(count, sum(ragged)))]
+    of_even = rows[1]["us"] / rows[0]["us"]
+    report.row(
+        f"{preset} ragged: {count} sequences of {min(ragged)} to {max(ragged)} tokens {rows[0]['us']:.1f} µs "
+        f"({rows[0]['gb_per_s']:.0f} GB/s), evenly split {rows[1]['us']:.1f} µs "
+        f"({rows[1]['gb_per_s']:.0f} GB/s): {of_even:.2f} of its speed",
+        preset=preset,
+        lengths=ragged,
+        ragged=rows[0],
+        even=rows[1],
+        of_even=of_even,
+    )
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="write the rows as JSON")
-    parser.add_argument("--commit", help="commit to note; default: asked of git")
-    arguments = parser.parse_args()
-    commit = (
-        arguments.commit
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    arguments = parser(__doc__)
+    arguments.add_argument("--set", choices=[*sets(), "ragged", "all"], default="main", dest="chosen")
+    arguments.add_argument("--contexts", type=int, nargs="+", help="only these contexts")
+    arguments.add_argument("--batches", type=int, nargs="+", help="only these batches")
+    arguments.add_argument("--presets", nargs="+", default=PRESETS)
+    arguments.add_argument("--no-peers", action="store_true", help="kvarn alone")
+    arguments.add_argument(
+        "--flex",
+        choices=["few", "all"],
+        default="few",
+        help="flex_attention is compiled for every shape, which takes seconds: few is batches up to 8 from "
+        "4096 tokens on",
     )
-    device = torch.cuda.get_device_name()
-    print(
-        f"kvarn {kvarn.__version__} {commit[:10]} on {device}; "
-        f"heads {HEADS}/{KV_HEADS}, D {HEAD_DIM}, float16"
-    )
+    arguments = arguments.parse_args()
+    report = Report(arguments, "attend.py")
+    kvarn.warmup()
     stream = torch.cuda.Stream()
-    rows = []
-    for batch, context in SHAPES:
-        peer, peer_us = sdpa_time(batch, context, stream)
-        for preset in PRESETS:
-            row = kvarn_row(preset, batch, context, stream)
-            row |= {"peer": peer, "peer_us": peer_us, "times_peer": peer_us / row["us"]}
-            rows.append(row)
-            print(
-                f"{preset} batch {batch:2d} context {row['context']:6d}: {row['us']:7.1f} µs, "
-                f"{row['gb_per_s']:5.0f} GB/s, {row['of_plain_read']:.2f} of plain read, "
-                f"{row['times_peer']:.2f} × {peer} ({peer_us:.1f} µs), "
-                f"host µs: attend {row['attend_host_us']:.1f}, append {row['append_host_us']:.1f}",
-                flush=True,
-            )
-    if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(
-                {"device": device, "commit": commit, "command": "python benches/gpu/attend.py", "rows": rows},
-                file,
-                indent=1,
-            )
+    replays = 10 if arguments.small else REPLAYS
+    chosen = sets() if arguments.chosen == "all" else {arguments.chosen: sets().get(arguments.chosen, [])}
+    shapes = SMALL if arguments.small else [shape for shapes in chosen.values() for shape in shapes]
+    peers = Peers([] if arguments.no_peers else all_peers(), report)
+    for shape in shapes:
+        if arguments.contexts and shape.context not in arguments.contexts:
+            continue
+        if arguments.batches and shape.batch not in arguments.batches:
+            continue
+        few = arguments.flex == "few" and (shape.batch > 8 or shape.context < 4096)
+        with report.part(str(shape)):
+            skip = ["flex_attention"] if few else []
+            shape_rows(report, shape, arguments.presets, peers, stream, replays, skip)
+    if arguments.chosen in ("ragged", "all"):
+        count, longest = (8, 4096) if arguments.small else (RAGGED_COUNT, RAGGED_LONGEST)
+        for preset in arguments.presets:
+            with report.part(f"{preset} ragged"):
+                ragged_row(report, preset, count, longest, stream, replays)
+    return report.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

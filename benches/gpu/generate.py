@@ -1,0 +1,249 @@
+"""Decode speed of a whole model: `python benches/gpu/generate.py [--out FILE]`.
+
+A transformers Llama of the shape of Llama-3-8B with random weights, decoding one token at a time for every
+sequence: tokens per second with KVarNCache under "kvarn", with DynamicCache under "sdpa" (which copies its
+tensors at every step, as it does for every user) and with StaticCache under "sdpa" (which does not). All
+caches are given the same random keys and values, without running a prompt through the model, and decode the
+same tokens. Medians of steps on the clock of the host, each waited for; `host` is how long the host was busy
+with a step before it waited: where it is nearly the whole step, Python is what is measured, not the cache.
+"""
+
+import gc
+import statistics
+import sys
+import time
+
+import torch
+from kvarn import KVarNCache
+from kvarn.eval.memory import cache_bytes
+from report import Report, parser
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+TINY = {
+    "vocab_size": 199,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+CHUNK = 4096
+WARM_STEPS = 4
+
+
+def make_model(shape, longest, dtype, device):
+    """A Llama with random weights, made where it runs."""
+    config = LlamaConfig(**shape, max_position_embeddings=longest, eos_token_id=None, pad_token_id=0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+class States:
+    """Random keys and values, the same for every cache.
+
+    Args:
+        model: gives shapes, type and device.
+        batch: sequences.
+        context: tokens of each.
+    """
+
+    def __init__(self, model, batch, context):
+        config = model.config
+        self.layers, self.context = config.num_hidden_layers, context
+        self._shape = batch, config.num_key_value_heads, config.head_dim
+        self._dtype, self._device = model.dtype, model.device
+
+    def chunk(self, layer, first):
+        """K and V [batch, kv_heads, tokens, head_dim] of a layer from token `first`, up to CHUNK tokens."""
+        batch, heads, head_dim = self._shape
+        count = min(CHUNK, self.context - first)
+        generator = torch.Generator(self._device).manual_seed(1000003 * layer + first)
+        return torch.randn(
+            2, batch, heads, count, head_dim, generator=generator, dtype=self._dtype, device=self._device
+        )
+
+    def whole(self, layer):
+        """K and V of a layer, all tokens."""
+        batch, heads, head_dim = self._shape
+        out = torch.empty(2, batch, heads, self.context, head_dim, dtype=self._dtype, device=self._device)
+        for first in range(0, self.context, CHUNK):
+            out[:, :, :, first : first + CHUNK] = self.chunk(layer, first)
+        return out
+
+
+def fill_dense(cache, states):
+    """Give a DynamicCache or a StaticCache its tokens."""
+    for layer in range(states.layers):
+        cache.update(*states.whole(layer), layer)
+
+
+def fill_kvarn(cache, states):
+    """Give a KVarNCache its tokens, as forward passes of a chunk would.
+
+    The model must use "kvarn": then `update` returns handles, whose forward pass takes the tokens without
+    attention.
+    """
+    for first in range(0, states.context, CHUNK):
+        for layer in range(states.layers):
+            keys, _ = cache.update(*states.chunk(layer, first), layer)
+            forward = keys.source.forward
+            forward.plan(None)
+            forward.append(layer, *(forward.pack(x) for x in (keys.source.k, keys.source.v)))
+        # Asking for the length finishes the pass.
+        held, expected = cache.get_seq_length(), min(first + CHUNK, states.context)
+        if held != expected:
+            raise RuntimeError(f"cache of {held} tokens: expected {expected} after the chunk")
+
+
+def make_cache(name, model, states, steps, preset, **options):
+    """A filled cache; sets the model's attention to what goes with it."""
+    longest = states.context + steps
+    model.set_attn_implementation("kvarn" if name == "kvarn" else "sdpa")
+    if name == "kvarn":
+        cache = KVarNCache(model.config, preset, max_tokens=longest, **options)
+        fill_kvarn(cache, states)
+    else:
+        static = name == "static"
+        cache = StaticCache(config=model.config, max_cache_len=longest) if static else None
+        cache = cache or DynamicCache(config=model.config)
+        fill_dense(cache, states)
+    return cache
+
+
+def decode(model, cache, tokens):
+    """Feed tokens [steps, batch] one by one.
+
+    Returns:
+        Seconds of each step, seconds that the host was busy in each, and the logits of the first.
+    """
+    whole, host, logits = [], [], None
+    with torch.no_grad():
+        for ids in tokens:
+            synchronize(model.device)
+            start = time.perf_counter()
+            out = model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
+            out[:, -1].argmax(-1)
+            host.append(time.perf_counter() - start)
+            synchronize(model.device)
+            whole.append(time.perf_counter() - start)
+            if logits is None:
+                logits = out[:, -1].float()
+    return whole, host, logits
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def pool_bytes(cache):
+    """Device memory of a pool, which torch does not count."""
+    pool = getattr(cache, "pool", None)
+    return getattr(getattr(pool, "_pool", None), "provided_bytes", 0)
+
+
+def cache_row(report, name, model, batch, context, steps, preset, dense):
+    """Time one cache; `dense` collects the tokens per second of the others."""
+    cuda = model.device.type == "cuda"
+    began = time.perf_counter()
+    states = States(model, batch, context)
+    cache = make_cache(name, model, states, steps + WARM_STEPS, preset)
+    synchronize(model.device)
+    filled_s = time.perf_counter() - began
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, model.config.vocab_size, (steps + WARM_STEPS, batch), generator=generator)
+    whole, host, logits = decode(model, cache, tokens.to(model.device))
+    step_s, host_s = (statistics.median(times[WARM_STEPS:]) for times in (whole, host))
+    speed = batch / step_s
+    peak = (torch.cuda.max_memory_allocated() if cuda else 0) + pool_bytes(cache)
+    held = cache_bytes(cache).total
+    values = {}
+    if name != "kvarn":
+        dense[name] = speed, logits
+    else:
+        if cache.materializations:
+            raise RuntimeError(f"{cache.materializations} dense layers built: expected none under 'kvarn'")
+        values["times"] = {other: speed / others for other, (others, _) in dense.items()}
+        values["logits_distance"] = {
+            other: float((logits - others).norm() / others.norm()) for other, (_, others) in dense.items()
+        }
+    beside = ", ".join(f"{ratio:.2f} × {other}" for other, ratio in values.get("times", {}).items())
+    report.row(
+        f"{context} tokens, batch {batch}, {name:7}: {speed:8.1f} tokens/s, step {step_s * 1e3:.2f} ms "
+        f"(slowest {max(whole[WARM_STEPS:]) * 1e3:.2f}), host {host_s * 1e3:.2f} ms, cache "
+        f"{held / 1e9:.2f} GB, peak {peak / 1e9:.1f} GB, filled in {filled_s:.1f} s"
+        + (f"; {beside}" if beside else ""),
+        cache=name,
+        preset=preset if name == "kvarn" else None,
+        context=context,
+        batch=batch,
+        tokens_per_s=speed,
+        step_ms=step_s * 1e3,
+        host_ms=host_s * 1e3,
+        steps_ms=[seconds * 1e3 for seconds in whole],
+        cache_bytes=held,
+        peak_bytes=peak,
+        **values,
+    )
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
+    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    arguments.add_argument(
+        "--caches", nargs="+", choices=["dynamic", "static", "kvarn"], default=["dynamic", "static", "kvarn"]
+    )
+    arguments.add_argument("--steps", type=int, default=24)
+    arguments.add_argument("--preset", default="kvarn_k4v2_g128")
+    arguments.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
+    arguments = arguments.parse_args()
+    report = Report(arguments, "generate.py")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = arguments.small
+    contexts, batches = ([700], [1, 2]) if small else (arguments.contexts, arguments.batches)
+    dtype = torch.float32 if device == "cpu" else getattr(torch, arguments.dtype)
+    longest = max(contexts) + arguments.steps + WARM_STEPS
+    model = make_model(TINY if small else LLAMA_3_8B, longest, dtype, device)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    print(f"{size / 1e9:.2f} GB of weights, {dtype}", flush=True)
+    for context in contexts:
+        for batch in batches:
+            dense = {}
+            # The peers come first, so that the row of kvarn can name the ratios.
+            for name in sorted(arguments.caches, key=["dynamic", "static", "kvarn"].index):
+                with report.part(f"{context} tokens, batch {batch}, {name}"):
+                    try:
+                        cache_row(
+                            report, name, model, batch, context, arguments.steps, arguments.preset, dense
+                        )
+                    except torch.OutOfMemoryError as error:
+                        report.miss(name, f"{context} tokens, batch {batch}: {error}")
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+    return report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
