@@ -1,10 +1,10 @@
 """Golden records of format version 1: `python tests/golden/make_records.py` writes `records_v1`.
 
-Each file of `records_v1` is a saved file (docs/format.md) of one configuration, written by the CPU encoder. Its
-input is made here by integer arithmetic alone, so that it comes out the same everywhere. `values.txt` has a
-line for each file: its name, the CRC-32 of K and V as they go into the encoder (float16, in the rotated frame),
-and the CRC-32 of K and V as they decode (float32, in the rotated frame); each array [tiles, group, head_dim],
-little endian. Decoding is exact, so every decoder that computes in float32 has these checksums.
+Each file of `records_v1` is a saved file (docs/format.md) of one configuration, written by the CPU encoder.
+Its input is made here by integer arithmetic alone, so that it comes out the same everywhere. `values.txt` has
+a line for each file: its name, the CRC-32 of K and V as they go into the encoder (float16), and the CRC-32 of
+K and V as they decode (float32), all in the rotated frame, [tiles, group, head_dim], little endian. Decoding
+is exact, so every decoder that computes in float32 has these checksums.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 FOLDER = Path(__file__).parent / "records_v1"
 BITS = ((4, 4), (4, 2), (3, 3), (2, 2), (8, 4), (8, 8))
 HEAD_DIMS = (64, 96, 128, 256)
-# The head dim at which each pair of widths has tiles of 128 tokens; elsewhere they have 64, which keeps files small.
+# The head dim at which each pair of widths has tiles of 128 tokens; elsewhere 64, which keeps files small.
 LARGE_TILES_AT = dict(zip(BITS, (64, 128, 96, 256, 64, 64), strict=True))
 
 
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Every pair of widths at every head dim; tile lengths and refit so that any two values occur together."""
+    """Every pair of widths at every head dim; tile length and refit so that any two values meet."""
     made = []
     for (row, bits), (column, head_dim) in itertools.product(enumerate(BITS), enumerate(HEAD_DIMS)):
         group = 128 if LARGE_TILES_AT[bits] == head_dim else 64
@@ -55,7 +55,7 @@ def cases() -> list[Case]:
 
 
 def words(seed: int, count: int) -> np.ndarray:
-    """`count` numbers of 64 bits: SplitMix64 (Steele, Lea, Flood 2014) from the state `seed`, uint64 [count]."""
+    """SplitMix64 (Steele, Lea, Flood 2014) from the state `seed`: uint64 [count]."""
     z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -74,7 +74,8 @@ def bell(seed: int, *shape: int) -> np.ndarray:
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """K and V of a case, float16 [tiles, group, head_dim], in the rotated frame.
 
-    Scales are powers of two: of K's channels 1/4 … 4, of V's tokens 1/2 … 2; every 17th channel of K is shifted.
+    Scales are powers of two: 1/4 … 4 of K's channels, 1/2 … 2 of V's tokens; every 17th channel of K is
+    shifted.
     """
     group, head_dim = case.cfg.group, case.cfg.head_dim
     seed = zlib.crc32(case.name.encode()) << 8

@@ -1,8 +1,9 @@
 """Golden records on a GPU, both ways: `python tests/gpu/check_golden.py`.
 
-Records that the CPU made (`tests/golden/records_v1`) are put into pages of a CUDA pool, expanded, and attended to;
-float64 over what the CPU decodes is the reference. The same inputs are sealed on the GPU; the CPU decodes these
-records and judges them by the numeric contract. Ends with counts; the exit status is 1 if anything failed.
+Records that the CPU made (`tests/golden/records_v1`) are put into pages of a CUDA pool, expanded, and attended
+to; float64 over what the CPU decodes is the reference. The same inputs are sealed on the GPU; the CPU decodes
+these records and judges them by the numeric contract. Ends with counts; the exit status is 1 if anything
+failed.
 """
 
 import math
@@ -98,8 +99,8 @@ def check_cpu_records(case, records):
         COUNTS.vectors += bad.numel()
         if bad.any():
             COUNTS.fail(
-                f"{case.name}: attention, rotated {rotated}: {int(bad.sum())} of {bad.numel()} vectors, worst "
-                f"{float(error.max()):.1e}, lse {float((lse.double() - want_lse).abs().max()):.1e}"
+                f"{case.name}: attention, rotated {rotated}: {int(bad.sum())} of {bad.numel()} vectors, "
+                f"worst {float(error.max()):.1e}, lse {float((lse.double() - want_lse).abs().max()):.1e}"
             )
 
 
