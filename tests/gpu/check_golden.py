@@ -1,6 +1,6 @@
 """Golden records on a GPU, both ways: `python tests/gpu/check_golden.py`.
 
-Records that the CPU made (`tests/golden/records_v1`) are put into pages of a CUDA pool, expanded, and attended
+Records that the CPU made (`tests/golden/records_v1`) are put into pages of a CUDA pool, expanded, attended
 to; float64 over what the CPU decodes is the reference. The same inputs are sealed on the GPU; the CPU decodes
 these records and judges them by the numeric contract. Ends with counts; the exit status is 1 if anything
 failed.
