@@ -1,9 +1,9 @@
 """Long chunks on a GPU: `python tests/gpu/check_long.py [--times-only | --no-times] [--json FILE]`.
 
-Chunks beyond a few query columns are attended by expanding what is stored and dense attention. Checked against
-float64 over what the pool stores, beside the fused kernel at the same chunks, and bit by bit: the same call
-twice, alone and in a batch, in a graph. Then both ways are timed, so that the number of columns from which the
-dense way is taken can be chosen. Ends with counts; the exit status is 1 if anything failed.
+Chunks beyond a few query columns are attended by expanding what is stored and dense attention. Checked
+against float64 over what the pool stores, beside the fused kernel at the same chunks, and bit by bit: the
+same call twice, alone and in a batch, in a graph. Then both ways are timed, so that the number of columns
+can be chosen from which the dense way is taken. Ends with counts; the exit status is 1 if anything failed.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 
-import check
 import kvarn
 import kvarn.step
 import torch
@@ -50,7 +49,7 @@ def blocks_of(block, rows, scores=1 << 24):
 def check_ranges():
     """Expansion of a range gives the bits of that part of the whole."""
     for d, g, sinks in ((64, 64, None), (96, 128, 16), (128, 128, None), (128, 64, 0), (256, 64, 16)):
-        cfg = kvarn.Config(key_bits=3, value_bits=4 - 1, group=g, head_dim=d, sink_tokens=sinks)
+        cfg = kvarn.Config(key_bits=3, value_bits=3, group=g, head_dim=d, sink_tokens=sinks)
         pool = kvarn.Pool(cfg, layers=1, kv_heads=3, pages=16, slots=8, device=DEVICE)
         sequence = pool.create()
         length = 5 * g + 37
@@ -69,7 +68,7 @@ def check_ranges():
                 (g - 1, 2),
                 (g + 5, 3 * g),
                 (length - 1, 1),
-            ):  # noqa: E501
+            ):
                 part = pool.expand(sequence, 0, rotated, like=like, first=first, count=count)
                 for got, want in zip(part, whole, strict=True):
                     if not torch.equal(got, want[first : first + count]):
@@ -97,11 +96,11 @@ SHAPES = (  # head dim, tile, bits, KV heads, query heads per KV head
 
 
 def check_against_f64():
-    """Every option at every shape, in small blocks: ragged batches of long and short chunks, before and after."""
+    """Every option at every shape, in small blocks: ragged batches, before and after append."""
     for index, (d, g, bits, kv, group) in enumerate(SHAPES):
         for at, options in enumerate(VARIANTS):
             started = time.time()
-            # The default, everything densely, and everything fused: the last to know that it is the reference.
+            # The default, everything dense, and everything fused.
             mode = (None, DENSE, FUSED)[(index + at) % 3]
             threshold = kvarn.step._FUSED_COLUMNS if mode is None else mode
             with fused_up_to(threshold), blocks_of(192, 96, 1 << 20):
@@ -256,7 +255,7 @@ def microseconds(call, repeats=7):
 
 
 def measure(path):
-    """Times of both ways, 32 query and 8 KV heads of 128 channels, k4v2; SDPA over a 16-bit cache beside them."""
+    """Times of both ways, 32 query and 8 KV heads of 128 channels, k4v2, beside SDPA over a 16-bit cache."""
     rows = []
     print(f"{'history':>8} {'new':>6} {'options':>18} {'fused':>9} {'dense':>9} {'sdpa':>9} µs  dense memory")
     for length in (4_096, 32_768):
@@ -281,8 +280,8 @@ def measure(path):
                 row["sdpa_us"] = math.nan
                 if not options:
                     row["sdpa_us"], _ = microseconds(
-                        lambda q=q: torch.nn.functional.scaled_dot_product_attention(
-                            q.transpose(0, 1)[None], dense_k, dense_v, enable_gqa=True
+                        lambda q=q, k=dense_k, v=dense_v: torch.nn.functional.scaled_dot_product_attention(
+                            q.transpose(0, 1)[None], k, v, enable_gqa=True
                         )
                     )
                 rows.append(row)
