@@ -123,9 +123,9 @@ class Step:
     ) -> Array | tuple[Array, Array]:
         """Attention of the step's queries over what is stored, causal by position.
 
-        On CUDA, sequences with many new tokens are attended by expanding what is stored, a part at a time, and
-        dense attention in 16 bit. A call that is to be captured in a graph must have run before, in its step and
-        on its stream.
+        On CUDA, sequences with many new tokens are attended by expanding what is stored, a part at a time,
+        and dense attention in 16 bit. A call that is to be captured in a graph must have run before, in its
+        step and on its stream.
 
         Args:
             layer: The layer.
