@@ -1,10 +1,12 @@
-// Expands records and slots of one sequence to dense K and V [tokens, kv_heads, D] in fp16 or bf16, rotated back or not.
+// Expands a range of one sequence's tokens, from records and slots, to dense K and V [tokens, kv_heads, D] in fp16 or bf16,
+// rotated back or not.
 //
 // Method: the rotation H = H(D / 16 blocks) ⊗ H(16). H(16) runs on the tensor cores together with the decoding: A = the codes
 // themselves (as subnormals), B = ± the channel parameters, so that no code is ever converted or scaled alone; the strides
 // from 16 on are additions of accumulators in the same lane.
 //   K: y = s_tok · (Σ q (s_chan H) + Σ 1 (z_chan H))        V: y = s_tok · Σ q (s_chan H) + z_tok · Σ 1 (s_chan H)
-// Threads: a warp expands 16 tokens of one head's K or V; a block's four warps lie in one tile. grid: (⌈tokens / 64⌉, 2 heads).
+// Threads: a warp expands 16 tokens of one head's K or V, from a position that is a multiple of 16; a block's four warps lie in
+// one tile. grid: (blocks of 64 positions that the range touches, 2 heads).
 // The columns of B are permuted so that a lane ends up with 4 neighbouring channels: full 32-byte sectors are written.
 // Numerics: products of codes and half parameters are exact, sums float32, one rounding to the caller's type (half saturates).
 // Cost: about 8 operations per element; bound by writing 2 bytes per element.
@@ -192,8 +194,8 @@ __device__ __forceinline__ void expand_side(const ExpandParams& p, int head, int
   const Tensor& tensor = side == Side::Key ? p.k : p.v;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = first_token + lane / 4 + 8 * half;
-    if (token >= p.tokens) continue;
+    const int token = first_token - p.first + lane / 4 + 8 * half;
+    if (token < 0 || token >= p.tokens) continue;
     uint16_t* row = static_cast<uint16_t*>(tensor.data) + token * tensor.row_stride + head * tensor.head_stride + 4 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < D / 16; ++j) {
@@ -207,8 +209,8 @@ __device__ __forceinline__ void expand_side(const ExpandParams& p, int head, int
 
 template <int D, int G>
 __device__ __forceinline__ void expand(const ExpandParams& p) {
-  const int first_token = (blockIdx.x * 4 + threadIdx.x / 32) * 16, head = blockIdx.y / 2;
-  if (first_token >= p.tokens) return;
+  const int first_token = p.first / 64 * 64 + (blockIdx.x * 4 + threadIdx.x / 32) * 16, head = blockIdx.y / 2;
+  if (first_token + 16 <= p.first || first_token >= p.first + p.tokens) return;
   if (blockIdx.y % 2 == 0) {
     expand_side<D, G, Side::Key>(p, head, first_token);
   } else {

@@ -90,14 +90,14 @@ struct AttendParams {
   float scale, softcap;        // softcap 0: none
 };
 
-// expand: records and slots of one sequence to dense K and V [tokens, kv_heads, D].
+// expand: tokens [first, first + tokens) of one sequence, from records and slots, to dense K and V [tokens, kv_heads, D].
 struct ExpandParams {
   Tensor k, v;
   Cache cache;
   const int32_t* block_table;  // [tiles]
   const int32_t* slot_table;   // [tiles]
-  int32_t tokens, dtype, rotated, sink_tokens;
-  int32_t key_bits, value_bits;
+  int32_t first, tokens, dtype, rotated;
+  int32_t sink_tokens, key_bits, value_bits, unused;
 };
 
 }  // namespace kvarn

@@ -21,7 +21,7 @@ from kvarn._arrays import Array, empty
 from kvarn._device import cuda_index, current_stream, default_like
 from kvarn._kvarn import Config, Memory, Sequence, Stats
 from kvarn.errors import DTypeError, ShapeError
-from kvarn.step import Step
+from kvarn.step import Step, tokens_to_expand
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,20 +139,43 @@ class Pool:
         """
         sequences = list(sequences)
         holds = [hold] * len(sequences) if isinstance(hold, int) else list(hold)
-        return Step(self._pool.step(sequences, list(counts), holds), self.layers, self.dtype, self._cuda)
+        counts = tuple(counts)
+        step = self._pool.step(sequences, list(counts), holds)
+        return Step(step, counts, self.layers, self.dtype, self._cuda)
 
     @overload
     def expand(
-        self, sequence: Sequence, layer: int, rotated: bool = False, *, like: Array
+        self,
+        sequence: Sequence,
+        layer: int,
+        rotated: bool = False,
+        *,
+        like: Array,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[Array, Array]: ...
 
     @overload
     def expand(
-        self, sequence: Sequence, layer: int, rotated: bool = False, *, like: None = None
+        self,
+        sequence: Sequence,
+        layer: int,
+        rotated: bool = False,
+        *,
+        like: None = None,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
     def expand(
-        self, sequence: Sequence, layer: int, rotated: bool = False, *, like: Any = None
+        self,
+        sequence: Sequence,
+        layer: int,
+        rotated: bool = False,
+        *,
+        like: Any = None,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[Any, Any]:
         """Decodes a sequence in one layer, without the tokens of an open step.
 
@@ -162,24 +185,26 @@ class Pool:
             rotated: Leave the result in the rotated (Hadamard) frame.
             like: An array whose kind and type the result takes. None: the type of the slots, in NumPy or, on
                 CUDA, torch.
+            first: Position of the first token to decode.
+            count: Tokens to decode. None: all from `first` on.
 
         Returns:
-            K and V, [length, kv_heads, head_dim].
+            K and V, [count, kv_heads, head_dim].
 
         Raises:
             StateError: The sequence was freed, or belongs to another pool.
-            ShapeError: No such layer.
+            ShapeError: No such layer or tokens.
         """
         if like is None:
             like = default_like(self.dtype, self._cuda)
-        length = sequence.length
+        count = tokens_to_expand(sequence.length, first, count)
         # A layer that does not exist is refused below, by the call that knows the range.
         shape = self.layers[layer] if 0 <= layer < len(self.layers) else LayerShape(0, 0)
-        k, v = (empty((length, *shape), "like", like) for _ in range(2))
+        k, v = (empty((count, *shape), "like", like) for _ in range(2))
         if isinstance(self._pool, _kvarn.Pool):
-            self._pool.expand(sequence, layer, k, v, rotated)
+            self._pool.expand(sequence, layer, k, v, first, rotated)
         else:
-            self._pool.expand(sequence, layer, k, v, rotated, current_stream(self._cuda or 0))
+            self._pool.expand(sequence, layer, k, v, first, rotated, current_stream(self._cuda or 0))
         return k, v
 
     def stats(self) -> Stats:

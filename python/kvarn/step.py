@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty, empty_like
 from kvarn._device import current_stream, default_like, refuse_non_finite
 from kvarn._kvarn import Memory
 from kvarn.codec import EncodeCounts
+from kvarn.errors import ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     AnyArray = NDArray[Any] | torch.Tensor
 
 __all__ = ["Step"]
+
+# On CUDA: query columns (new tokens times query heads per KV head) of a sequence up to which the fused kernel
+# attends. It reads what is stored once for 16 columns; for more it is cheaper to expand it once.
+_FUSED_COLUMNS = 64
 
 
 class Step:
@@ -28,16 +35,18 @@ class Step:
     A step that is dropped unfinished is abandoned: the pool is as it was.
     """
 
-    __slots__ = ("_cuda", "_dtype", "_layers", "_open", "_step")
+    __slots__ = ("_counts", "_cuda", "_dtype", "_layers", "_open", "_step")
 
     def __init__(
         self,
         step: _kvarn.Step | _kvarn.CudaStep,
+        counts: tuple[int, ...],
         layers: tuple[tuple[int, int], ...],
         dtype: str,
         cuda: int | None = None,
     ) -> None:
         self._step = step
+        self._counts = counts
         self._cuda = cuda
         self._layers = layers
         self._dtype = dtype
@@ -114,6 +123,10 @@ class Step:
     ) -> Array | tuple[Array, Array]:
         """Attention of the step's queries over what is stored, causal by position.
 
+        On CUDA, sequences with many new tokens are attended by expanding what is stored, a part at a time,
+        and dense attention in 16 bit. A call that is to be captured in a graph must have run before, in its
+        step and on its stream.
+
         Args:
             layer: The layer.
             q: Queries after RoPE, [sum(counts), heads, head_dim], heads a multiple of the layer's KV heads:
@@ -140,21 +153,96 @@ class Step:
         if isinstance(self._step, _kvarn.Step):
             self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
         else:
-            stream = current_stream(self._cuda or 0)
-            self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated, stream)
+            options = scale, window, softcap, sink_logits, rotated
+            self._step.attend(layer, q, out, lse, *options, _FUSED_COLUMNS, current_stream(self._cuda or 0))
+            group = q.shape[1] // self._layers[layer][0]
+            if max(self._counts, default=0) * group > _FUSED_COLUMNS:
+                self._attend_densely(self._step, layer, q, out, lse, *options)
         return out if lse is None else (out, lse)
+
+    def _attend_densely(
+        self,
+        step: _kvarn.CudaStep,
+        layer: int,
+        q: Any,
+        out: Any,
+        lse: Any,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Any,
+        rotated: bool,
+    ) -> None:
+        """Attends for the sequences that the fused kernel left out; the arguments are checked."""
+        # torch is there: the queries are torch tensors.
+        import torch
+
+        from kvarn import _dense
+
+        stream = current_stream(self._cuda or 0)
+        kv_heads, head_dim = self._layers[layer]
+        scoring = _dense.Scoring(head_dim**-0.5 if scale is None else scale, window, softcap)
+        k = v = torch.empty(0)
+        lengths, row = np.from_dlpack(step.lengths), 0
+        for index, count in enumerate(self._counts):
+            rows = slice(row, row + count)
+            row += count
+            if count * (q.shape[1] // kv_heads) <= _FUSED_COLUMNS:
+                continue
+            stored = step.stored(layer, index)
+            if len(k) < min(stored, _dense.BLOCK):
+                shape = min(stored, _dense.BLOCK), kv_heads, head_dim
+                k, v = (torch.empty(shape, dtype=torch.float16, device=q.device) for _ in range(2))
+
+            def expand(first: int, count: int, index: int = index, k: Any = k, v: Any = v) -> tuple[Any, Any]:
+                step.expand(layer, index, k[:count], v[:count], first, rotated, stream)
+                return k[:count], v[:count]
+
+            _dense.attend(
+                q[rows],
+                int(lengths[index]) - count,
+                stored,
+                expand,
+                scoring,
+                sink_logits,
+                out[rows],
+                None if lse is None else lse[rows],
+            )
 
     @overload
     def expand(
-        self, layer: int, index: int, rotated: bool = False, *, like: Array
+        self,
+        layer: int,
+        index: int,
+        rotated: bool = False,
+        *,
+        like: Array,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[Array, Array]: ...
 
     @overload
     def expand(
-        self, layer: int, index: int, rotated: bool = False, *, like: None = None
+        self,
+        layer: int,
+        index: int,
+        rotated: bool = False,
+        *,
+        like: None = None,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
-    def expand(self, layer: int, index: int, rotated: bool = False, *, like: Any = None) -> tuple[Any, Any]:
+    def expand(
+        self,
+        layer: int,
+        index: int,
+        rotated: bool = False,
+        *,
+        like: Any = None,
+        first: int = 0,
+        count: int | None = None,
+    ) -> tuple[Any, Any]:
         """Decodes what `attend` sees of one sequence: with the step's tokens once they are appended.
 
         Args:
@@ -162,22 +250,24 @@ class Step:
             index: Place of the sequence in the batch.
             rotated: Leave the result in the rotated (Hadamard) frame.
             like: An array whose kind and type the result takes. None: as in `Pool.expand`.
+            first: Position of the first token to decode.
+            count: Tokens to decode. None: all from `first` on.
 
         Returns:
-            K and V, [stored, kv_heads, head_dim].
+            K and V, [count, kv_heads, head_dim].
 
         Raises:
-            ShapeError: No such layer or sequence.
+            ShapeError: No such layer, sequence or tokens.
             StateError: The step is finished or abandoned.
         """
-        stored = self._step.stored(layer, index)
+        count = tokens_to_expand(self._step.stored(layer, index), first, count)
         if like is None:
             like = default_like(self._dtype, self._cuda)
-        k, v = (empty((stored, *self._layers[layer]), "like", like) for _ in range(2))
+        k, v = (empty((count, *self._layers[layer]), "like", like) for _ in range(2))
         if isinstance(self._step, _kvarn.Step):
-            self._step.expand(layer, index, k, v, rotated)
+            self._step.expand(layer, index, k, v, first, rotated)
         else:
-            self._step.expand(layer, index, k, v, rotated, current_stream(self._cuda or 0))
+            self._step.expand(layer, index, k, v, first, rotated, current_stream(self._cuda or 0))
         return k, v
 
     def finish(self) -> None:
@@ -235,3 +325,20 @@ class Step:
                 self.finish()
         finally:
             self.abandon()
+
+
+def tokens_to_expand(stored: int, first: int, count: int | None) -> int:
+    """`count`, or how many of `stored` tokens there are from `first` on.
+
+    Raises:
+        ShapeError: `first` or `count` is out of range.
+    """
+    if not 0 <= first <= stored:
+        raise ShapeError(f"first {first}: expected 0 to {stored}, the tokens stored; pass one of these")
+    if count is None:
+        return stored - first
+    if not 0 <= count <= stored - first:
+        raise ShapeError(
+            f"count {count}: expected 0 to {stored - first}, the tokens stored from {first} on; pass fewer"
+        )
+    return count

@@ -215,7 +215,7 @@ def test_corrupted_files_are_refused(saved, at):
 def test_other_versions_other_files_and_longer_files_are_refused(saved):
     data = saved.read_bytes()
     for change, text in [
-        (data[:8] + (9).to_bytes(4, "little") + data[12:], "format version 9: expected 0"),
+        (data[:8] + (9).to_bytes(4, "little") + data[12:], "format version 9: expected 1"),
         (b"PK\x03\x04" + data[4:], "this is no file of kvarn records"),
         (data + b"\0", "trailing"),
     ]:

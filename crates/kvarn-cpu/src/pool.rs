@@ -52,34 +52,36 @@ impl Pool {
         Ok(Step::new(Arc::clone(self), self.core.step(sequences, counts, hold)?))
     }
 
-    /// Decodes a sequence in one layer to `k` and `v`, `[length, kv_heads, head_dim]`.
+    /// Decodes the tokens of a sequence from `first` on, in one layer, to `k` and `v`, `[count, kv_heads, head_dim]`.
     pub fn expand(
         &self,
         sequence: SequenceId,
         layer: usize,
+        first: usize,
         rotated: bool,
         k: &TensorMut<'_>,
         v: &TensorMut<'_>,
     ) -> Result<(), Error> {
         let at = self.layout().layer(layer)?;
-        self.core.while_stored(sequence, |view| self.expand_view(at, view, rotated, k, v))
+        self.core.while_stored(sequence, |view| self.expand_view(at, view, first, rotated, k, v))
     }
 
-    /// Decodes what a view says is stored.
+    /// Decodes the tokens from `first` on of what a view says is stored.
     pub(crate) fn expand_view(
         &self,
         at: &Layer,
         view: &SequenceView,
+        first: usize,
         rotated: bool,
         k: &TensorMut<'_>,
         v: &TensorMut<'_>,
     ) -> Result<(), Error> {
-        check_expand(at, view.length, k.shape(), v.shape())?;
-        let spans: Vec<_> = view.spans(&self.layout().rule).collect();
+        let tokens = check_expand(at, view.length, first, k.shape(), v.shape())?;
+        let spans: Vec<_> = view.spans(&self.layout().rule).filter_map(|span| span.within(&tokens)).collect();
         install(|| {
             use rayon::prelude::*;
             (0..at.shape.kv_heads).into_par_iter().for_each(|head| {
-                expand_head(self, at, &spans, head, rotated, k, v);
+                expand_head(self, at, &spans, head, first, rotated, k, v);
             });
         });
         Ok(())

@@ -105,12 +105,14 @@ fn decode_body<const FMA: bool>(
     decode_matrix(layout, record, scratch, out);
 }
 
-/// Writes the tokens of `spans` of one KV head to `k` and `v`.
+/// Writes the tokens of `spans` of one KV head to `k` and `v`, whose row 0 is position `first`.
+#[allow(clippy::too_many_arguments)] // one head of one expansion
 pub(crate) fn expand_head(
     pool: &Pool,
     layer: &Layer,
     spans: &[Span],
     head: usize,
+    first: usize,
     rotated: bool,
     k: &TensorMut<'_>,
     v: &TensorMut<'_>,
@@ -122,7 +124,8 @@ pub(crate) fn expand_head(
         for (want, out) in [(Want::Keys, k), (Want::Values, v)] {
             buffer.read(pool, layer, head, tile, want);
             for span in tile {
-                for token in span.offset..span.offset + span.count {
+                for index in 0..span.count {
+                    let token = span.offset + index;
                     for (channel, value) in row.iter_mut().enumerate() {
                         *value = match want {
                             Want::Keys => buffer.values[channel * group + token],
@@ -133,7 +136,7 @@ pub(crate) fn expand_head(
                         layer.rotation.apply(&mut row);
                     }
                     // SAFETY: this head's rows are written by this call only.
-                    unsafe { out.store_row(span.position - span.offset + token, head, &row) };
+                    unsafe { out.store_row(span.position + index - first, head, &row) };
                 }
             }
         }

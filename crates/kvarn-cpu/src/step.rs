@@ -93,18 +93,19 @@ impl Step {
         })
     }
 
-    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`; what is
-    /// stored is what [`Step::attend`] sees, [`OpenStep::stored`] tokens.
+    /// Decodes the tokens from `first` on, of the sequence at `index` of the batch in one layer, to `k` and `v`,
+    /// `[count, kv_heads, head_dim]`; what is stored is what [`Step::attend`] sees, [`OpenStep::stored`] tokens.
     pub fn expand(
         &self,
         layer: usize,
         index: usize,
+        first: usize,
         rotated: bool,
         k: &TensorMut<'_>,
         v: &TensorMut<'_>,
     ) -> Result<(), Error> {
         self.open.read(layer, |at, appended| {
-            self.pool.expand_view(at, self.open.view(index, appended)?, rotated, k, v)
+            self.pool.expand_view(at, self.open.view(index, appended)?, first, rotated, k, v)
         })
     }
 }

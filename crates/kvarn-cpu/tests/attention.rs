@@ -28,7 +28,7 @@ fn expand(pool: &Pool, id: SequenceId) -> (Rows, Rows) {
         pool.core().layout().config.head_dim(),
     ];
     let (mut k, mut v) = (Rows::zeros(shape), Rows::zeros(shape));
-    pool.expand(id, 0, false, &k.tensor_mut(), &v.tensor_mut()).unwrap();
+    pool.expand(id, 0, 0, false, &k.tensor_mut(), &v.tensor_mut()).unwrap();
     (k, v)
 }
 

@@ -81,10 +81,12 @@ pub(crate) struct ExpandParams {
     pub cache: Cache,
     pub block_table: u64,
     pub slot_table: u64,
+    pub first: i32,
     pub tokens: i32,
     pub dtype: i32,
     pub rotated: i32,
     pub sink_tokens: i32,
     pub key_bits: i32,
     pub value_bits: i32,
+    pub unused: i32,
 }

@@ -58,6 +58,8 @@ pub(crate) struct AttendKey {
     pub query_tokens: usize,
     /// Sliding window.
     pub window: usize,
+    /// Sequences with more new tokens are left out.
+    pub most_tokens: usize,
 }
 
 /// Arrays of an attention, int32.
@@ -84,7 +86,7 @@ struct Piece {
 impl AttendPlan {
     pub(crate) fn new(plan: &StepPlan, rule: &SealRule, key: AttendKey) -> Self {
         let mut made = Self::default();
-        for sequence in &plan.sequences {
+        for sequence in plan.sequences.iter().filter(|sequence| sequence.count <= key.most_tokens) {
             let view = if key.appended { &sequence.after } else { &sequence.before };
             for first in (0..sequence.count).step_by(key.query_tokens) {
                 let tokens = key.query_tokens.min(sequence.count - first);

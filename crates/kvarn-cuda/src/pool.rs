@@ -1,6 +1,7 @@
 //! A pool on a device: the core that all backends share, and device memory.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,7 +13,7 @@ use kvarn::{Config, DType};
 use crate::geometry::{self, AttendGeometry};
 use crate::params::{Cache, ExpandParams};
 use crate::tensor::dtype_number;
-use crate::upload::StepBuffers;
+use crate::upload::{StepBuffer, StepBuffers, Words};
 use crate::workspace::Workspaces;
 use crate::{Device, DeviceMemory, DeviceTensor, Error, Kernel, MemoryView, Step, Stream, launch};
 
@@ -34,6 +35,22 @@ pub struct Pool {
     provided: Mutex<(usize, usize)>,
     /// Thread blocks of each attention kernel that the device holds at a time, by its name.
     resident: Mutex<Vec<(&'static str, usize)>>,
+}
+
+/// Tables of one sequence on the device.
+#[derive(Debug)]
+pub(crate) struct SentTables {
+    buffer: StepBuffer,
+    stream: Stream,
+    blocks: Words,
+    slots: Words,
+}
+
+impl SentTables {
+    /// The stream that they were sent on, whose work may read them.
+    pub(crate) const fn stream(&self) -> Stream {
+        self.stream
+    }
 }
 
 impl Pool {
@@ -96,61 +113,72 @@ impl Pool {
         Ok(EncodeCounts { non_finite: words[0], saturated: words[1] })
     }
 
-    /// Decodes a sequence in one layer to `k` and `v`, `[length, kv_heads, head_dim]`.
+    /// Decodes the tokens of a sequence from `first` on, in one layer, to `k` and `v`, `[count, kv_heads, head_dim]`.
+    #[allow(clippy::too_many_arguments)] // one call, one launch
     pub fn expand(
         &self,
         sequence: SequenceId,
         layer: usize,
+        first: usize,
         rotated: bool,
         k: &DeviceTensor,
         v: &DeviceTensor,
         stream: Stream,
     ) -> Result<(), Error> {
         let at = self.core.layout().layer(layer)?;
-        self.core.while_stored(sequence, |view| self.expand_view(at, view, rotated, k, v, stream))
+        self.core.while_stored(sequence, |view| {
+            let tokens = check_expand_on_device(at, view, first, k, v)?;
+            if tokens.is_empty() {
+                return Ok(());
+            }
+            self.launch_expand(at, &mut self.send_tables(view, stream)?, tokens, rotated, k, v)
+        })
     }
 
-    /// Decodes what a view says is stored.
-    pub(crate) fn expand_view(
+    /// Sends what the expansion of a view needs.
+    pub(crate) fn send_tables(&self, view: &SequenceView, stream: Stream) -> Result<SentTables, Error> {
+        let mut buffer = self.buffers.take(&[view.block_table.len(), view.slot_table.len()])?;
+        let [blocks, slots] = buffer.send(stream, [&view.block_table, &view.slot_table])?;
+        Ok(SentTables { buffer, stream, blocks, slots })
+    }
+
+    /// Decodes `tokens`, at least one, that the tables say are stored; the arguments are checked.
+    pub(crate) fn launch_expand(
         &self,
         at: &Layer,
-        view: &SequenceView,
+        tables: &mut SentTables,
+        tokens: Range<usize>,
         rotated: bool,
         k: &DeviceTensor,
         v: &DeviceTensor,
-        stream: Stream,
     ) -> Result<(), Error> {
-        check_expand(at, view.length, k.shape(), v.shape())?;
-        check_type("k", k, None, 8)?;
-        check_type("v", v, Some(k.dtype()), 8)?;
-        if view.length == 0 {
-            return Ok(());
-        }
         let config = &at.config;
         let name = format!("kvarn_expand_d{}_g{}", config.head_dim(), config.group());
         let kernel = self.device.kernel(&name, &[size_of::<ExpandParams>()])?;
-        let mut buffer = self.buffers.take(&[view.block_table.len(), view.slot_table.len()])?;
-        let [blocks, slots] = buffer.send(stream, [&view.block_table, &view.slot_table])?;
+        let stream = tables.stream;
         let sinks = config.sink_tokens();
         let mut params = ExpandParams {
             k: k.parameter(),
             v: v.parameter(),
             cache: self.cache(at),
-            block_table: blocks.address,
-            slot_table: slots.address,
-            tokens: view.length as i32,
+            block_table: tables.blocks.address,
+            slot_table: tables.slots.address,
+            first: tokens.start as i32,
+            tokens: tokens.len() as i32,
             dtype: dtype_number(k.dtype()),
             rotated: i32::from(rotated),
             sink_tokens: sinks as i32,
             key_bits: config.key_bits().get() as i32,
             value_bits: config.value_bits().get() as i32,
+            unused: 0,
         };
-        let grid = [view.length.div_ceil(64) as u32, 2 * at.shape.kv_heads as u32, 1];
+        let blocks = tokens.end.div_ceil(64) - tokens.start / 64;
+        let grid = [blocks as u32, 2 * at.shape.kv_heads as u32, 1];
         let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
         // SAFETY: the parameter is the kernel's (its size is checked, its layout mirrored); tables and pool are kept until
         // the work has run (`done`, `Drop`); the tensors are as their maker promised; the stream is the caller's.
         let launched = unsafe { launch(&kernel, grid, [128, 1, 1], 0, stream, parameters) };
-        buffer.done(stream)?;
+        tables.buffer.done(stream)?;
         launched
     }
 
@@ -223,6 +251,20 @@ impl Pool {
         *provided = (pages.max(provided.0), slots.max(provided.1));
         Ok(())
     }
+}
+
+/// Checks the arguments of an expansion of what a view says is stored, from `first` on, and returns the range.
+pub(crate) fn check_expand_on_device(
+    at: &Layer,
+    view: &SequenceView,
+    first: usize,
+    k: &DeviceTensor,
+    v: &DeviceTensor,
+) -> Result<Range<usize>, Error> {
+    let tokens = check_expand(at, view.length, first, k.shape(), v.shape())?;
+    check_type("k", k, None, 8)?;
+    check_type("v", v, Some(k.dtype()), 8)?;
+    Ok(tokens)
 }
 
 /// Checks type and alignment of a tensor: half or bfloat16, like `other`, rows at multiples of `alignment`.

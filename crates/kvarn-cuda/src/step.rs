@@ -9,7 +9,7 @@ use kvarn::pool::{AttendOptions, Layer, OpenStep, check_attend, check_rows};
 use crate::geometry::{self, AttendGeometry};
 use crate::params::{AppendParams, AttendParams, SHARE_WORDS};
 use crate::plan::{AppendPlan, AttendKey, AttendPlan};
-use crate::pool::check_type;
+use crate::pool::{SentTables, check_expand_on_device, check_type};
 use crate::share::{Cost, Grid, shares};
 use crate::tensor::dtype_number;
 use crate::upload::{StepBuffer, Words};
@@ -23,6 +23,8 @@ pub struct Step {
     open: OpenStep,
     append: Mutex<Option<SentAppend>>,
     attend: Mutex<Vec<SentAttend>>,
+    /// Tables for expansion: place in the batch, whether after append, what was sent.
+    tables: Mutex<Vec<(usize, bool, SentTables)>>,
 }
 
 /// An append's arrays on the device.
@@ -54,7 +56,7 @@ struct SentAttend {
 
 impl Step {
     pub(crate) fn new(pool: Arc<Pool>, open: OpenStep) -> Self {
-        Self { pool, open, append: Mutex::default(), attend: Mutex::default() }
+        Self { pool, open, append: Mutex::default(), attend: Mutex::default(), tables: Mutex::default() }
     }
 
     /// Plan, progress, finish and abandon.
@@ -146,7 +148,8 @@ impl Step {
 
     /// Attention of `q` `[tokens, heads, head_dim]` over what is stored, to `out` of the same shape and type, in one launch
     /// on `stream`. `sink_logits`, float32 `[heads]`, and `lse`, float32 `[tokens, heads]`, are device addresses with their
-    /// lengths.
+    /// lengths. Sequences with more query columns (new tokens times query heads per KV head) than `most_columns` are left
+    /// out: their rows of `out` and `lse` stay as they are.
     ///
     /// # Safety
     /// `sink_logits` and `lse` lie in memory of the pool's device until the work has run.
@@ -159,6 +162,7 @@ impl Step {
         sink_logits: Option<(u64, usize)>,
         out: &DeviceTensor,
         lse: Option<(u64, usize)>,
+        most_columns: usize,
         stream: Stream,
     ) -> Result<(), Error> {
         let plan = self.open.plan();
@@ -168,7 +172,9 @@ impl Step {
                 check_attend(at, plan.tokens, q.shape(), out.shape(), lengths.0, lengths.1, options)?;
             check_type("q", q, None, 2)?;
             check_type("out", out, Some(q.dtype()), 2)?;
-            let most = plan.sequences.iter().map(|sequence| sequence.count).max().unwrap_or(0);
+            let most_tokens = most_columns / settings.group;
+            let counts = plan.sequences.iter().map(|sequence| sequence.count);
+            let most = counts.filter(|&count| count <= most_tokens).max().unwrap_or(0);
             if most == 0 {
                 return Ok(());
             }
@@ -183,6 +189,7 @@ impl Step {
                 group: settings.group,
                 query_tokens: geometry.query_tokens(settings.group),
                 window: settings.window,
+                most_tokens,
             };
             let mut sent = self.attend.lock().unwrap_or_else(PoisonError::into_inner);
             let kernel =
@@ -265,19 +272,38 @@ impl Step {
         Ok(sent.last_mut().expect("pushed above"))
     }
 
-    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`; what is
-    /// stored is what [`Step::attend`] sees, [`OpenStep::stored`] tokens.
+    /// Decodes the tokens from `first` on, of the sequence at `index` of the batch in one layer, to `k` and `v`,
+    /// `[count, kv_heads, head_dim]`, in one launch on `stream`; what is stored is what [`Step::attend`] sees,
+    /// [`OpenStep::stored`] tokens.
+    #[allow(clippy::too_many_arguments)] // one call, one launch
     pub fn expand(
         &self,
         layer: usize,
         index: usize,
+        first: usize,
         rotated: bool,
         k: &DeviceTensor,
         v: &DeviceTensor,
         stream: Stream,
     ) -> Result<(), Error> {
         self.open.read(layer, |at, appended| {
-            self.pool.expand_view(at, self.open.view(index, appended)?, rotated, k, v, stream)
+            let view = self.open.view(index, appended)?;
+            let tokens = check_expand_on_device(at, view, first, k, v)?;
+            if tokens.is_empty() {
+                return Ok(());
+            }
+            let mut sent = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+            let same = |(at, after, tables): &(usize, bool, SentTables)| {
+                (*at, *after, tables.stream()) == (index, appended, stream)
+            };
+            // Sent once for all layers: then a captured graph can hold the launch.
+            let found = if let Some(found) = sent.iter().position(same) {
+                found
+            } else {
+                sent.push((index, appended, self.pool.send_tables(view, stream)?));
+                sent.len() - 1
+            };
+            self.pool.launch_expand(at, &mut sent[found].2, tokens, rotated, k, v)
         })
     }
 }

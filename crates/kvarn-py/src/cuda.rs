@@ -12,7 +12,7 @@ use crate::arguments::natural;
 use crate::config::Config;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
-use crate::open_step::{self, KEYS, QUERIES};
+use crate::open_step::{self, EXPANDED, KEYS, QUERIES};
 use crate::pool::{Sequence, Stats};
 use crate::pool_core;
 use crate::tensor::Lent;
@@ -70,7 +70,8 @@ impl CudaPool {
         detached(py, || self.0.step(&ids, &counts, &hold)).map(CudaStep)
     }
 
-    /// Decodes a sequence in one layer to `k` and `v`, `[length, kv_heads, head_dim]`, on `stream`.
+    /// Decodes the tokens of a sequence from `first` on, in one layer, to `k` and `v`, `[count, kv_heads, head_dim]`, on
+    /// `stream`.
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn expand(
         &self,
@@ -79,16 +80,17 @@ impl CudaPool {
         layer: i64,
         k: &Bound<'_, PyAny>,
         v: &Bound<'_, PyAny>,
+        first: i64,
         rotated: bool,
         stream: usize,
     ) -> PyResult<()> {
-        const SHAPE: &str = "[length, kv_heads, head_dim]";
         let id = sequence.get().id;
         let layer = natural(py, Class::Shape, "layer", layer)?;
+        let first = natural(py, Class::Shape, "first", first)?;
         let device = self.0.device().index();
         let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
-        let (k, v) = (k.device_tensor(SHAPE, true)?, v.device_tensor(SHAPE, true)?);
-        detached(py, || self.0.expand(id, layer, rotated, &k, &v, Stream::from_address(stream)))
+        let (k, v) = (k.device_tensor(EXPANDED, true)?, v.device_tensor(EXPANDED, true)?);
+        detached(py, || self.0.expand(id, layer, first, rotated, &k, &v, Stream::from_address(stream)))
     }
 
     /// Usage. Waits for the device.
@@ -150,7 +152,8 @@ impl CudaStep {
         detached(py, || self.0.append(layer, &k, &v, rotated, Stream::from_address(stream)))
     }
 
-    /// Attention of `q` over what is stored, to `out`, and `lse` if given, on `stream`.
+    /// Attention of `q` over what is stored, to `out`, and `lse` if given, on `stream`; without the rows of sequences that
+    /// have more than `most_columns` query columns.
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn attend(
         &self,
@@ -164,6 +167,7 @@ impl CudaStep {
         softcap: Option<f32>,
         sink_logits: Option<&Bound<'_, PyAny>>,
         rotated: bool,
+        most_columns: usize,
         stream: usize,
     ) -> PyResult<()> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
@@ -178,7 +182,9 @@ impl CudaStep {
         let options = AttendOptions { scale, window, softcap, rotated };
         let stream = Stream::from_address(stream);
         // SAFETY: torch keeps the memory of a tensor until work given to its stream has run.
-        detached(py, || unsafe { self.0.attend(layer, &q, &options, sink_logits, &out, lse, stream) })
+        detached(py, || unsafe {
+            self.0.attend(layer, &q, &options, sink_logits, &out, lse, most_columns, stream)
+        })
     }
 
     /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
@@ -186,7 +192,8 @@ impl CudaStep {
         open_step::stored(py, self.0.open(), layer, index)
     }
 
-    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
+    /// Decodes the tokens from `first` on, of the sequence at `index` of the batch in one layer, to `k` and `v`,
+    /// `[count, kv_heads, head_dim]`.
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn expand(
         &self,
@@ -195,16 +202,17 @@ impl CudaStep {
         index: i64,
         k: &Bound<'_, PyAny>,
         v: &Bound<'_, PyAny>,
+        first: i64,
         rotated: bool,
         stream: usize,
     ) -> PyResult<()> {
-        const SHAPE: &str = "[stored, kv_heads, head_dim]";
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let index = natural(py, Class::Shape, "index", index)?;
+        let first = natural(py, Class::Shape, "first", first)?;
         let device = self.device();
         let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
-        let (k, v) = (k.device_tensor(SHAPE, true)?, v.device_tensor(SHAPE, true)?);
-        detached(py, || self.0.expand(layer, index, rotated, &k, &v, Stream::from_address(stream)))
+        let (k, v) = (k.device_tensor(EXPANDED, true)?, v.device_tensor(EXPANDED, true)?);
+        detached(py, || self.0.expand(layer, index, first, rotated, &k, &v, Stream::from_address(stream)))
     }
 
     /// Makes the step the state of its sequences.

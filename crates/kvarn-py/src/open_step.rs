@@ -12,6 +12,9 @@ pub(crate) const KEYS: &str = "[sum of counts, kv_heads, head_dim]";
 /// Shape of q and out of a step, for messages.
 pub(crate) const QUERIES: &str = "[sum of counts, heads, head_dim]";
 
+/// Shape of k and v of an expansion, for messages.
+pub(crate) const EXPANDED: &str = "[count, kv_heads, head_dim]";
+
 /// Tokens stored of the sequence at `index` of the batch in one layer, at this moment.
 pub(crate) fn stored(py: Python<'_>, open: &OpenStep, layer: i64, index: i64) -> PyResult<usize> {
     let layer = natural(py, Class::Shape, "layer", layer)?;

@@ -12,6 +12,7 @@ use crate::arguments::natural;
 use crate::config::Config;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
+use crate::open_step::EXPANDED;
 use crate::pool_core;
 use crate::step::Step;
 use crate::tensor::Lent;
@@ -68,7 +69,8 @@ impl Pool {
         detached(py, || self.0.step(&ids, &counts, &hold)).map(Step)
     }
 
-    /// Decodes a sequence in one layer to `k` and `v`, `[length, kv_heads, head_dim]`.
+    /// Decodes the tokens of a sequence from `first` on, in one layer, to `k` and `v`, `[count, kv_heads, head_dim]`.
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn expand(
         &self,
         py: Python<'_>,
@@ -76,14 +78,15 @@ impl Pool {
         layer: i64,
         k: &Bound<'_, PyAny>,
         v: &Bound<'_, PyAny>,
+        first: i64,
         rotated: bool,
     ) -> PyResult<()> {
-        const SHAPE: &str = "[length, kv_heads, head_dim]";
         let id = sequence.get().id;
         let layer = natural(py, Class::Shape, "layer", layer)?;
+        let first = natural(py, Class::Shape, "first", first)?;
         let (k, v) = (Lent::new("k", k)?, Lent::new("v", v)?);
-        let (k, v) = (k.tensor_mut(SHAPE)?, v.tensor_mut(SHAPE)?);
-        detached(py, || self.0.expand(id, layer, rotated, &k, &v))
+        let (k, v) = (k.tensor_mut(EXPANDED)?, v.tensor_mut(EXPANDED)?);
+        detached(py, || self.0.expand(id, layer, first, rotated, &k, &v))
     }
 
     /// Usage.

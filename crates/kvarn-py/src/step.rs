@@ -7,7 +7,7 @@ use crate::arguments::natural;
 use crate::codec::refuse_non_finite;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
-use crate::open_step::{self, KEYS, QUERIES};
+use crate::open_step::{self, EXPANDED, KEYS, QUERIES};
 use crate::tensor::Lent;
 
 /// One forward pass of a batch; see `kvarn.Step`. Dropped without `finish`, it is abandoned.
@@ -72,7 +72,9 @@ impl Step {
         open_step::stored(py, self.0.open(), layer, index)
     }
 
-    /// Decodes the sequence at `index` of the batch in one layer to `k` and `v`, `[stored, kv_heads, head_dim]`.
+    /// Decodes the tokens from `first` on, of the sequence at `index` of the batch in one layer, to `k` and `v`,
+    /// `[count, kv_heads, head_dim]`.
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn expand(
         &self,
         py: Python<'_>,
@@ -80,14 +82,15 @@ impl Step {
         index: i64,
         k: &Bound<'_, PyAny>,
         v: &Bound<'_, PyAny>,
+        first: i64,
         rotated: bool,
     ) -> PyResult<()> {
-        const SHAPE: &str = "[stored, kv_heads, head_dim]";
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let index = natural(py, Class::Shape, "index", index)?;
+        let first = natural(py, Class::Shape, "first", first)?;
         let (k, v) = (Lent::new("k", k)?, Lent::new("v", v)?);
-        let (k, v) = (k.tensor_mut(SHAPE)?, v.tensor_mut(SHAPE)?);
-        detached(py, || self.0.expand(layer, index, rotated, &k, &v))
+        let (k, v) = (k.tensor_mut(EXPANDED)?, v.tensor_mut(EXPANDED)?);
+        detached(py, || self.0.expand(layer, index, first, rotated, &k, &v))
     }
 
     /// Makes the step the state of its sequences.

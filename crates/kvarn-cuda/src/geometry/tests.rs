@@ -204,12 +204,14 @@ fn parameters_have_the_same_sizes_and_offsets() {
             cache,
             block_table,
             slot_table,
+            first,
             tokens,
             dtype,
             rotated,
             sink_tokens,
             key_bits,
-            value_bits
+            value_bits,
+            unused
         }
     );
     // The words that plan.rs writes, in its order.

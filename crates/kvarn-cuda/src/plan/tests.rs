@@ -30,9 +30,16 @@ fn batches() -> impl Strategy<Value = Vec<Batch>> {
 
 fn keys() -> impl Strategy<Value = AttendKey> {
     let window = prop_oneof![2 => Just(usize::MAX), 1 => 1..20_usize, 1 => 1..2000_usize];
-    (any::<bool>(), 1..=16_usize, 1..=16_usize, window).prop_map(|(appended, group, query_tokens, window)| {
-        AttendKey { appended, group, query_tokens, window }
-    })
+    let most_tokens = prop_oneof![2 => Just(usize::MAX), 1 => 0..100_usize];
+    (any::<bool>(), 1..=16_usize, 1..=16_usize, window, most_tokens).prop_map(
+        |(appended, group, query_tokens, window, most_tokens)| AttendKey {
+            appended,
+            group,
+            query_tokens,
+            window,
+            most_tokens,
+        },
+    )
 }
 
 /// `key` with larger blocks where a step is long: as many blocks as a test has time for.
@@ -146,7 +153,7 @@ fn check_attend(plan: &StepPlan, rule: &SealRule, key: AttendKey) {
     let made = AttendPlan::new(plan, rule, key);
     let listed: Vec<Words<'_>> = items(&made).collect();
     let (mut at, mut parts, mut counters, mut columns) = (0, 0, 0, 0);
-    for sequence in &plan.sequences {
+    for sequence in plan.sequences.iter().filter(|sequence| sequence.count <= key.most_tokens) {
         let view = if key.appended { &sequence.after } else { &sequence.before };
         for first in (0..sequence.count).step_by(key.query_tokens) {
             let block = &listed[at..at + listed[at].at(5)];

@@ -1,5 +1,7 @@
 //! Checks of what callers pass to a step: the same on every backend, before anything is written or launched.
 
+use std::ops::Range;
+
 use super::{Layer, LayerShape, PoolError};
 use crate::DType;
 use crate::codec::SlotType;
@@ -43,21 +45,37 @@ pub fn check_rows(
     Ok(())
 }
 
-/// Checks the outputs of an expansion: `[stored, kv_heads, head_dim]`.
-pub fn check_expand(layer: &Layer, stored: usize, k: [usize; 3], v: [usize; 3]) -> Result<(), PoolError> {
+/// Checks an expansion of the tokens from `first` on, of `stored` ones, to outputs `[count, kv_heads, head_dim]`, and
+/// returns their range.
+pub fn check_expand(
+    layer: &Layer,
+    stored: usize,
+    first: usize,
+    k: [usize; 3],
+    v: [usize; 3],
+) -> Result<Range<usize>, PoolError> {
     let LayerShape { kv_heads, head_dim } = layer.shape;
+    let count = k[0];
     for (what, shape) in [("k", k), ("v", v)] {
-        if shape != [stored, kv_heads, head_dim] {
-            let expected = format!("[{stored}, {kv_heads}, {head_dim}] (length, kv_heads, head_dim)");
+        if shape != [count, kv_heads, head_dim] {
+            let expected = format!("[{count}, {kv_heads}, {head_dim}] (count, kv_heads, head_dim)");
             return Err(PoolError::shape(
                 what,
                 &shape,
                 expected,
-                "allocate the output for the whole sequence",
+                "allocate both outputs for the same tokens",
             ));
         }
     }
-    Ok(())
+    match first.checked_add(count) {
+        Some(end) if end <= stored => Ok(first..end),
+        _ => Err(PoolError::Value {
+            what: "tokens",
+            got: format!("{first} and the {count} from there"),
+            expected: format!("some of the {stored} that are stored"),
+            fix: "pass a smaller first or count",
+        }),
+    }
 }
 
 /// How to attend.

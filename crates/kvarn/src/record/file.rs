@@ -29,8 +29,8 @@ use crate::{Config, ConfigOptions, Error};
 
 /// First bytes of a file.
 pub const MAGIC: [u8; 8] = *b"KVARNREC";
-/// Version of the record format. It stays 0 until a GPU kernel has read records of every bit width.
-pub const FORMAT_VERSION: u32 = 0;
+/// Version of the record format and of the header: other bytes get another number.
+pub const FORMAT_VERSION: u32 = 1;
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 72;
 const ROTATION_HADAMARD: u8 = 1;

@@ -1,5 +1,6 @@
 //! What is stored of a sequence at one moment, and where each token is read.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::SealRule;
@@ -40,6 +41,16 @@ pub struct Span {
     pub count: usize,
     /// Slot or page.
     pub place: Place,
+}
+
+impl Span {
+    /// The part of it whose positions are among `tokens`, if any.
+    pub fn within(&self, tokens: &Range<usize>) -> Option<Self> {
+        let position = self.position.max(tokens.start);
+        let end = (self.position + self.count).min(tokens.end);
+        let offset = self.offset + position - self.position;
+        (position < end).then(|| Self { position, offset, count: end - position, place: self.place })
+    }
 }
 
 impl SequenceView {
@@ -112,6 +123,16 @@ mod tests {
             spans(3, 8, 1, &[4], &[6]),
             [span(0, 0, 3, Place::Slot(6)), span(3, 3, 5, Place::Page(4))]
         );
+    }
+
+    #[test]
+    fn a_part_of_a_span_keeps_its_place() {
+        let whole = span(10, 2, 6, Place::Page(4));
+        assert_eq!(whole.within(&(0..100)), Some(whole));
+        assert_eq!(whole.within(&(12..13)), Some(span(12, 4, 1, Place::Page(4))));
+        assert_eq!(whole.within(&(0..11)), Some(span(10, 2, 1, Place::Page(4))));
+        assert_eq!(whole.within(&(15..99)), Some(span(15, 7, 1, Place::Page(4))));
+        assert_eq!([whole.within(&(0..10)), whole.within(&(16..20)), whole.within(&(12..12))], [None; 3]);
     }
 
     #[test]
