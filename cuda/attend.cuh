@@ -29,9 +29,8 @@ struct AttendMemory {
   static constexpr int barriers = keys + values, buffers = barriers + 16;  // of one warp
   static constexpr int warps = 4 * buffers <= 208 * 1024 ? 4 : 2;
   static constexpr int fragments = warps * buffers;
-  static constexpr int each = NT * (L::D / 32) * 512, slot_fragments = fragments + each * (L::exact_queries ? 2 : 1);
   static constexpr int ahead = 4;  // descriptions: of the piece at work, of two behind it, and of the last one
-  static constexpr int works = slot_fragments + each, units = works + (ahead * int(sizeof(Share)) + 15) / 16 * 16;
+  static constexpr int works = fragments + NT * (L::D / 16) * 512, units = works + (ahead * int(sizeof(Share)) + 15) / 16 * 16;
   static constexpr int flag = units + 4 + 8 * NT * 4;
   static constexpr int bytes = (flag + 4 + 15) / 16 * 16;
 };
@@ -64,8 +63,7 @@ struct Reader {
   }
   // Piece `i` of this block, as the share that begins with it.
   __device__ __forceinline__ Share& work(int i) const { return reinterpret_cast<Share*>(memory + M::works)[i % M::ahead]; }
-  __device__ __forceinline__ unsigned char* record_fragments() const { return memory + M::fragments; }
-  __device__ __forceinline__ unsigned char* slot_fragments() const { return memory + M::slot_fragments; }
+  __device__ __forceinline__ const uint4* queries() const { return reinterpret_cast<const uint4*>(memory + M::fragments); }
 
   // Index among the layer's records of this warp's record `j` of piece `i`; -1 where there is none.
   __device__ __forceinline__ int record(int i, int j) const {
@@ -104,7 +102,7 @@ __device__ __forceinline__ void attend_records(Reader<L, NT>& reader, int i, flo
     const int next = j + 1 < tiles ? reader.record(i, j + 1) : first_of_next;  // early: the load takes its time
     float S[NT][L::G / 16][4];
     fetch_wait(reader.barrier(0), reader.phase);
-    record_logits<L, NT>(reader.keys(), reinterpret_cast<const uint4*>(reader.record_fragments()), softmax,
+    record_logits<L, NT>(reader.keys(), reader.queries(), softmax,
                          query_unit * power_of_two(-kSubnormal), cap, S, reader.lane);
     reader.issue_keys(next);
     if (!whole) {
@@ -133,7 +131,7 @@ __device__ __forceinline__ void attend_slot(Reader<L, NT>& reader, int i, float 
 #pragma unroll 1
   for (int first = reader.warp * tokens; first < item.slot_tokens; first += M::warps * tokens) {
     float S[NT][slot_slices<L>][4];
-    slot_logits<L, NT>(keys, first, reinterpret_cast<const uint4*>(reader.slot_fragments()), softmax, query_unit,
+    slot_logits<L, NT>(keys, first, reader.queries(), softmax, query_unit,
                        p.softcap * kLog2E, S, reader.lane);
     mask(S, position + first, p.group, item.position, p.window, min(item.stored, position + item.slot_tokens), 0,
          reader.lane);
@@ -207,7 +205,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
     if (i == 0) fetch_words_wait();
     if (i == begun)
       make_fragments<L, NT, M::warps>(p, item, work.head, reinterpret_cast<float*>(memory + M::units),
-                                      reader.record_fragments(), reader.slot_fragments());
+                                      reinterpret_cast<float*>(memory + M::fragments));
     describe_next(i + 1);
 
     Softmax<NT> softmax;

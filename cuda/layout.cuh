@@ -28,9 +28,6 @@ struct Layout {
   static constexpr int value_end = value_token_zero + 2 * G;
 
   static constexpr int record_bytes = (value_end + 127) / 128 * 128;
-
-  // Whether queries stay float32 until they have their channel scale: rounded twice, the longest sums miss the contract.
-  static constexpr bool exact_queries = D > 128;
 };
 
 // Byte offset of parameter i of n in row order (K token scale, V channel scale).

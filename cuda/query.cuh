@@ -65,14 +65,11 @@ __device__ __forceinline__ void store_elements(uint16_t* at, int dtype, const fl
   }
 }
 
-// Makes the B fragments of a query block, [NT][D / 32][32 lanes] of 16 bytes: k steps 2 j and 2 j + 1, and at `unit` what
-// undoes the common power of two. All threads call; `unit` holds 1 + 8 NT floats. A barrier comes last within.
-//
-// For records: times 2^-place; exact ones in float32, [NT][D / 16][32 lanes] of 16 bytes: one k step. For slots: the channels of two k steps are dealt out so that a lane's eight are neighbours
-// (see slot_tile.cuh): those of lane (g, c) are channels 32 j + 8 c … + 7 of column g.
+// Lays a query block out as B fragments in float32, [NT][D / 16][32 lanes] of 16 bytes: one k step, times 2^-place of its
+// codes; and at `unit` what undoes the common power of two. All threads call; `unit` holds 1 + 8 NT floats. A barrier comes
+// last within.
 template <class L, int NT, int Warps>
-__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* unit,
-                                               unsigned char* for_records, unsigned char* for_slots) {
+__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* unit, float* fragments) {
   constexpr int D = L::D;
   const Vectors<D> at;
   constexpr int each = (8 * NT + Warps * at.per_warp - 1) / (Warps * at.per_warp);
@@ -115,21 +112,11 @@ __device__ __forceinline__ void make_fragments(const AttendParams& p, const Item
   for (int n = 0; n < each; n++) {
     const int column = first + n * Warps * at.per_warp;
     if (column >= 8 * NT || !at.holds()) continue;
-    const int fragment = ((column / 8 * (D / 32) + at.channel / 32) * 32 + column % 8 * 4) * 16;
     const float weight = factor * power_of_two(-place(D, L::key_bits, step, half));
-    uint32_t natural[4];
+    float* at_lane = fragments + ((column / 8 * (D / 16) + step) * 32 + column % 8 * 4) * 4 + half * 2;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      natural[i] = pack_half2(x[n][2 * i] * factor, x[n][2 * i + 1] * factor);
-      const float low = x[n][2 * i] * weight, high = x[n][2 * i + 1] * weight;
-      if constexpr (L::exact_queries)
-        *reinterpret_cast<float2*>(for_records + 2 * fragment + step % 2 * 512 + i * 16 + half * 8 - column % 8 * 64) =
-            make_float2(low, high);
-      else
-        *reinterpret_cast<uint32_t*>(for_records + fragment + i * 16 + step % 2 * 8 + half * 4) = pack_half2(low, high);
-    }
-    *reinterpret_cast<uint4*>(for_slots + fragment + at.channel % 32 * 2) =
-        make_uint4(natural[0], natural[1], natural[2], natural[3]);
+    for (int i = 0; i < 4; i++)
+      *reinterpret_cast<float2*>(at_lane + 4 * i) = make_float2(x[n][2 * i] * weight, x[n][2 * i + 1] * weight);
   }
   __syncthreads();
 }

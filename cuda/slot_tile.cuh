@@ -1,7 +1,7 @@
 // A quarter of a slot (sink or tail tokens in 16 bit) against the queries of an item: one warp, straight from global memory.
 //
 // Every load is 16 bytes: eight neighbouring channels of one token. For K the channels of two k steps are dealt out to the
-// lanes accordingly (make_fragments does the same), which changes nothing in a sum over channels. For V, 8 x 8 blocks
+// lanes accordingly, those of the queries too, which changes nothing in a sum over channels. For V, 8 x 8 blocks
 // are transposed in registers, and the output's rows are a permutation of the channels: see `slot_output_channel`.
 //
 // Cost: (G/4) D 4 bytes from global memory, read once.
@@ -36,8 +36,12 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, con
       for (int i = 0; i < 4; i++) S[b][t][i] = 0;
 #pragma unroll
       for (int j = 0; j < D / 32; j++) {
+        // Channels 32 j + 8 c … of column g, as halves: those of k half c % 2 of k step 2 j + c / 2.
         uint32_t q[4];
-        load128(q, queries + (b * (D / 32) + j) * 32 + lane);
+        const float2* row = reinterpret_cast<const float2*>(queries + (b * (D / 16) + 2 * j + c / 2) * 32 + 4 * g) + c % 2;
+        const float weight = power_of_two(place(D, L::key_bits, 2 * j + c / 2, c % 2));
+#pragma unroll
+        for (int i = 0; i < 4; i++) q[i] = pack_half2(row[2 * i].x * weight, row[2 * i].y * weight);
 #pragma unroll
         for (int s = 0; s < 2; s++) {
           const uint32_t a[4] = {x[t][0][j][2 * s], x[t][1][j][2 * s], x[t][0][j][2 * s + 1], x[t][1][j][2 * s + 1]};

@@ -81,11 +81,17 @@ def check_cpu_records(case, records):
             tolerance = 2.0**-11 * want.abs() + 4e-5 * want.abs().amax(-1, keepdim=True) + 3e-8
             bad = ~((got.double() - want).abs() <= tolerance)
             if bad.any():
-                COUNTS.fail(f"{case.name}: expanded {name}, rotated {rotated}: {int(bad.sum())} values off")
+                at = int((bad * ((got.double() - want).abs() - tolerance).nan_to_num(torch.inf)).argmax())
+                COUNTS.fail(
+                    f"{case.name}: expanded {name}, rotated {rotated}: {int(bad.sum())} values off, "
+                    f"{got.flatten()[at]} for {want.flatten()[at]} ± {tolerance.flatten()[at]:.1e}"
+                )
         random = torch.Generator(device=DEVICE).manual_seed(7)
         shape = QUERIES, KV_HEADS * GROUP, cfg.head_dim
-        # Keys have a norm of about 6·sqrt(D): logits of a few units, as a model has them.
-        q = (torch.randn(shape, generator=random, device=DEVICE) / 6).half()
+        # Logits of a few units, as a model has them, whatever the largest key.
+        q = torch.randn(shape, generator=random, device=DEVICE).double()
+        largest = torch.einsum("nhd,md->nhm", q, expected[0][:, 0]).abs().max() / math.sqrt(cfg.head_dim)
+        q = (q * (6 / largest)).half()
         step = pool.step([sequence], [QUERIES])
         out, lse = step.attend(0, q, return_lse=True, rotated=rotated)  # before append: the records alone
         step.abandon()
@@ -125,7 +131,9 @@ def check_gpu_records(case, records, k, v):
                     COUNTS.matrices += 1
                     distance = np.linalg.norm(ours_one[tile] - theirs[tile])
                     relative = distance / np.linalg.norm(theirs[tile])
-                    if not verdict.passed or not relative <= 5e-2:
+                    # Where several iterates are equally good, the GPU may keep another one than the CPU.
+                    alike = relative <= 5e-2 or len(verdict.admissible) > 1
+                    if not verdict.passed or not alike:
                         COUNTS.fail(
                             f"{case.name}: sealed {name}, tile {tile}, head {head}: {verdict}, "
                             f"{relative:.1e} from the CPU's"

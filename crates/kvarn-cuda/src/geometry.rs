@@ -77,14 +77,14 @@ impl AttendGeometry {
         let layout = config.layout();
         let keys = layout.key.column_scale.end - layout.key.codes.start;
         let values = layout.value.row_zero.end - layout.value.codes.start;
-        // As in `AttendMemory` of `cuda/attend.cuh`: per warp K, V or results, barriers; then fragments for records and for
-        // slots, four descriptions of work, units, one word.
+        // As in `AttendMemory` of `cuda/attend.cuh`: per warp K, V or results, barriers; then fragments,
+        // four descriptions of work, units, one word.
         let d = config.head_dim();
         let buffers = keys + values.max(8 * blocks * (d + 4) * 4) + 16;
         let warps = if 4 * buffers <= 208 * 1024 { 4 } else { 2 };
         let works = 4 * 4 * SHARE_WORDS;
         let words = 4 * (1 + 8 * blocks) + 4;
-        let fragments = blocks * (d / 32) * 512 * if d > 128 { 3 } else { 2 };
+        let fragments = blocks * (d / 16) * 512;
         let shared = (warps * buffers + fragments + works + words).next_multiple_of(16);
         Some(Self { blocks, threads: 32 * warps as u32, shared: shared as u32 })
     }

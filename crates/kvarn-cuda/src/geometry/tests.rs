@@ -250,21 +250,20 @@ fn parameters_have_the_same_sizes_and_offsets() {
 #[test]
 fn attention_takes_the_memory_worked_out_by_hand() {
     // D 128, G 128, k4v2: K 8192 + 512 + 256, V 4096 + 256 + 512 bytes, more than the results of eight columns, 8 · 132 · 4,
-    // but less than those of sixteen; 16 of barriers. Then twice 2048 of fragments for each eight columns, four shares of
+    // but less than those of sixteen; 16 of barriers. Then 4096 of fragments for each eight columns, four shares of
     // 48 words, a unit and as many words as columns, a flag.
     let four = config(128, 128, (4, 2));
     let made = |columns| AttendGeometry::new(&four, 4, columns).unwrap();
-    let one = 4 * (8_960 + 4_864 + 16) + 2 * 2_048 + 768 + 48;
+    let one = 4 * (8_960 + 4_864 + 16) + 4_096 + 768 + 48;
     assert_eq!(made(4), AttendGeometry { blocks: 1, threads: 128, shared: one });
-    let two = 4 * (8_960 + 8_448 + 16) + 4 * 2_048 + 768 + 80;
+    let two = 4 * (8_960 + 8_448 + 16) + 2 * 4_096 + 768 + 80;
     assert_eq!(made(9), AttendGeometry { blocks: 2, threads: 128, shared: two });
     assert_eq!((made(4).query_tokens(4), made(9).query_tokens(4), made(9).query_tokens(3)), (2, 4, 5));
     assert_eq!(made(9).name(&four), "kvarn_attend_d128_g128_k4v2_n2");
 
-    // D 256, G 128, k8v8: a warp's buffers are 2 · 32 768 + 1280 + 1024 bytes: two warps, and one block of columns only;
-    // fragments for records are in float32.
+    // D 256, G 128, k8v8: a warp's buffers are 2 · 32 768 + 1280 + 1024 bytes: two warps, and one block of columns only.
     let wide = AttendGeometry::new(&config(256, 128, (8, 8)), 2, 64).unwrap();
-    let expected = 2 * (67_840 + 16) + 3 * 4_096 + 768 + 48;
+    let expected = 2 * (67_840 + 16) + 8_192 + 768 + 48;
     assert_eq!(wide, AttendGeometry { blocks: 1, threads: 64, shared: expected });
 
     // D 128, G 128, k4v4: three blocks fit a multiprocessor of 228 KB, where each takes 1 KB more than it asks for.
