@@ -10,6 +10,7 @@ from kvarn._arrays import Array, empty, empty_like
 from kvarn._device import current_stream, default_like, refuse_non_finite
 from kvarn._kvarn import Memory
 from kvarn.codec import EncodeCounts
+from kvarn.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class Step:
         if check:
             refuse_non_finite("k", layer, k)
             refuse_non_finite("v", layer, v)
-        self._step.append(layer, k, v, rotated, current_stream(self._cuda or 0))
+        self._step.append(layer, k, v, rotated)
         return None
 
     @overload
@@ -137,11 +138,7 @@ class Step:
         """
         out = empty_like("q", q)
         lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
-        if isinstance(self._step, _kvarn.Step):
-            self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
-        else:
-            stream = current_stream(self._cuda or 0)
-            self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated, stream)
+        self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
         return out if lse is None else (out, lse)
 
     @overload
@@ -174,11 +171,30 @@ class Step:
         if like is None:
             like = default_like(self._dtype, self._cuda)
         k, v = (empty((stored, *self._layers[layer]), "like", like) for _ in range(2))
-        if isinstance(self._step, _kvarn.Step):
-            self._step.expand(layer, index, k, v, rotated)
-        else:
-            self._step.expand(layer, index, k, v, rotated, current_stream(self._cuda or 0))
+        self._step.expand(layer, index, k, v, rotated)
         return k, v
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Runs a CUDA graph that was captured with a step of the same static arrays, as this step.
+
+        The graph appends to every layer. It runs on torch's current stream, behind the sending of this
+        step's arrays; its inputs are the caller's to fill in before, on the same stream.
+
+        Args:
+            graph: The graph; whatever has a method ``replay()``, which may run several graphs.
+
+        Raises:
+            StateError: The step has no static arrays, or nothing was captured with them; a layer was
+                appended to; the step is closed.
+            CapacityError: The step does not fit into the static arrays.
+            DeviceError: A CPU pool, which has no graphs.
+            CudaError: CUDA failed.
+        """
+        if isinstance(self._step, _kvarn.Step):
+            raise DeviceError("replay on the CPU: expected a step of a CUDA pool; call append and attend")
+        self._step.send(current_stream(self._cuda or 0))
+        graph.replay()
+        self._step.replayed()
 
     def finish(self) -> None:
         """Makes the step the state of its sequences: lengths move, slots of sealed tiles are given back.

@@ -1,5 +1,6 @@
 //! A pool on a device: the core that all backends share, and device memory.
 
+use std::any::Any;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,11 +11,13 @@ use kvarn::tables::{SequenceId, SequenceView, StepPlan};
 use kvarn::{Config, DType};
 
 use crate::geometry;
-use crate::params::{Cache, ExpandParams};
+use crate::params::{AppendParams, Cache, ExpandParams};
 use crate::tensor::dtype_number;
-use crate::upload::StepBuffers;
+use crate::upload::{Array, StepBuffers};
 use crate::workspace::Workspaces;
-use crate::{Device, DeviceMemory, DeviceTensor, Error, MemoryView, Step, Stream, launch};
+use crate::{
+    Device, DeviceMemory, DeviceTensor, Error, Kernel, MemoryView, StaticArrays, Step, Stream, check, launch,
+};
 
 /// The cache memory of one model on one device.
 ///
@@ -28,21 +31,56 @@ pub struct Pool {
     slots: Arc<DeviceMemory>,
     /// Two 64-bit words: non-finite and saturated values, added to by kernels.
     counts: Arc<DeviceMemory>,
+    /// Of each layer: no name is looked up when one is launched.
+    kernels: Vec<LayerKernels>,
+    /// Whether the arrays of steps are checked before every launch.
+    check: bool,
     buffers: Arc<StepBuffers>,
     workspaces: Workspaces,
     /// Pages and slots, from the first, whose memory is provided.
     provided: Mutex<(usize, usize)>,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct LayerKernels {
+    append: Kernel,
+    expand: Kernel,
+}
+
+/// Memory of a caller.
+pub struct Borrowed {
+    /// First byte, at a multiple of 128.
+    pub address: u64,
+    /// Bytes.
+    pub bytes: usize,
+    /// Keeps the memory.
+    pub owner: Box<dyn Any + Send + Sync>,
+}
+
+/// What a pool may be made with.
+#[derive(Default)]
+pub struct PoolOptions {
+    /// Memory for pages and slots. `None`: the pool reserves its own.
+    pub memory: Option<(Borrowed, Borrowed)>,
+    /// Check the arrays of a step before every launch: their ranges, and on the device that they are as they were sent. For
+    /// debugging; every launch waits for the stream.
+    pub check: bool,
+}
+
 impl Pool {
-    /// Reserves a pool of `pages` pages and `slots` slots for `layers` on device `device`.
-    pub fn new(
+    /// A pool of `pages` pages and `slots` slots for `layers` on device `device`.
+    ///
+    /// # Safety
+    /// Borrowed memory is device memory of as many bytes as long as its owner lives, and nobody else writes to it.
+    #[allow(clippy::too_many_arguments)] // what makes up a pool
+    pub unsafe fn new(
         config: Config,
         layers: &[LayerShape],
         pages: usize,
         slots: usize,
         slot_type: SlotType,
         device: usize,
+        options: PoolOptions,
     ) -> Result<Arc<Self>, Error> {
         let core = PoolCore::new(PoolLayout::new(config, layers, pages, slots, slot_type)?)?;
         if slot_type != SlotType::Float16 {
@@ -57,12 +95,37 @@ impl Pool {
         }
         let device = Device::open(device)?;
         let layout = core.layout();
-        let pages = DeviceMemory::reserve(device, layout.page_memory, "pages")?;
-        let slots = DeviceMemory::reserve(device, layout.slot_memory, "slots")?;
+        let kernels = layout.layers.iter().map(|layer| LayerKernels::find(device, &layer.config));
+        let kernels = kernels.collect::<Result<Vec<_>, _>>()?;
+        let (pages, slots) = match options.memory {
+            None => {
+                let pages = DeviceMemory::reserve(device, layout.page_memory, "pages")?;
+                (pages, DeviceMemory::reserve(device, layout.slot_memory, "slots")?)
+            }
+            // SAFETY: the caller's promise.
+            Some((pages, slots)) => unsafe {
+                let pages = borrow(device, pages, layout.page_memory, "pages")?;
+                let slots = borrow(device, slots, layout.slot_memory, "slots")?;
+                // Kernels multiply what no token was written to by zero: it must not be NaN.
+                slots.clear()?;
+                (pages, slots)
+            },
+        };
         let counts = DeviceMemory::allocate(device, 16, "counts")?;
-        let (buffers, workspaces) = (StepBuffers::new(device), Workspaces::new(device));
-        let provided = Mutex::default();
-        Ok(Arc::new(Self { core, device, pages, slots, counts, buffers, workspaces, provided }))
+        let (check, provided) = (options.check, Mutex::default());
+        let (buffers, workspaces) = (StepBuffers::new(device, check), Workspaces::new(device));
+        Ok(Arc::new(Self {
+            core,
+            device,
+            pages,
+            slots,
+            counts,
+            kernels,
+            check,
+            buffers,
+            workspaces,
+            provided,
+        }))
     }
 
     /// Sequences, tables, layout.
@@ -75,17 +138,23 @@ impl Pool {
         self.device
     }
 
-    /// Plans a step; see [`PoolCore::step`]. Provides memory for the pages and slots that it takes.
+    /// Plans a step; see [`PoolCore::step`]. Provides memory for the pages and slots that it takes. With static arrays, its
+    /// launches can be captured, or it can be a replay of a graph that was.
     pub fn step(
         self: &Arc<Self>,
         sequences: &[SequenceId],
         counts: &[usize],
         hold: &[usize],
+        arrays: Option<&StaticArrays>,
     ) -> Result<Step, Error> {
+        let lending = arrays.map(|arrays| arrays.lend(self, counts)).transpose()?;
         // An error drops the open step, which abandons it: the pool is as before.
         let open = self.core.step(sequences, counts, hold)?;
         self.provide(open.plan())?;
-        Ok(Step::new(Arc::clone(self), open))
+        if self.check {
+            check::tables(open.plan(), self.core.layout())?;
+        }
+        Step::new(Arc::clone(self), open, lending)
     }
 
     /// Non-finite and saturated values since the pool was made. Waits for the device.
@@ -105,13 +174,16 @@ impl Pool {
         stream: Stream,
     ) -> Result<(), Error> {
         let at = self.core.layout().layer(layer)?;
-        self.core.while_stored(sequence, |view| self.expand_view(at, view, rotated, k, v, stream))
+        let index = layer;
+        self.core.while_stored(sequence, |view| self.expand_view(at, index, view, rotated, k, v, stream))
     }
 
     /// Decodes what a view says is stored.
+    #[allow(clippy::too_many_arguments)] // one call, one launch
     pub(crate) fn expand_view(
         &self,
         at: &Layer,
+        layer: usize,
         view: &SequenceView,
         rotated: bool,
         k: &DeviceTensor,
@@ -125,10 +197,13 @@ impl Pool {
             return Ok(());
         }
         let config = &at.config;
-        let name = format!("kvarn_expand_d{}_g{}", config.head_dim(), config.group());
-        let kernel = self.device.kernel(&name, &[size_of::<ExpandParams>()])?;
+        let kernel = self.kernels[layer].expand;
         let mut buffer = self.buffers.take(&[view.block_table.len(), view.slot_table.len()])?;
-        let [blocks, slots] = buffer.send(stream, [&view.block_table, &view.slot_table])?;
+        let tables =
+            [Array::new("block_table", &view.block_table), Array::new("slot_table", &view.slot_table)];
+        let [blocks, slots] = buffer.send(stream, tables)?;
+        buffer.read_by(stream)?;
+        buffer.verify(stream)?;
         let sinks = config.sink_tokens();
         let mut params = ExpandParams {
             k: k.parameter(),
@@ -146,10 +221,8 @@ impl Pool {
         let grid = [view.length.div_ceil(64) as u32, 2 * at.shape.kv_heads as u32, 1];
         let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
         // SAFETY: the parameter is the kernel's (its size is checked, its layout mirrored); tables and pool are kept until
-        // the work has run (`done`, `Drop`); the tensors are as their maker promised; the stream is the caller's.
-        let launched = unsafe { launch(&kernel, grid, [128, 1, 1], 0, stream, parameters) };
-        buffer.done(stream)?;
-        launched
+        // the work has run (`read_by`, `Drop`); the tensors are as their maker promised; the stream is the caller's.
+        unsafe { launch(&kernel, grid, [128, 1, 1], 0, stream, parameters) }
     }
 
     /// Pages of one layer: uint8 `[pages, kv_heads, record_bytes]`. All their memory is provided.
@@ -175,6 +248,16 @@ impl Pool {
 
     pub(crate) const fn workspaces(&self) -> &Workspaces {
         &self.workspaces
+    }
+
+    /// The kernel that appends to a layer.
+    pub(crate) fn append_kernel(&self, layer: usize) -> Kernel {
+        self.kernels[layer].append
+    }
+
+    /// Whether the arrays of steps are checked.
+    pub(crate) const fn checks(&self) -> bool {
+        self.check
     }
 
     pub(crate) fn counts_address(&self) -> u64 {
@@ -209,6 +292,39 @@ impl Pool {
         *provided = (pages.max(provided.0), slots.max(provided.1));
         Ok(())
     }
+}
+
+impl LayerKernels {
+    fn find(device: &'static Device, config: &Config) -> Result<Self, Error> {
+        let (head_dim, group) = (config.head_dim(), config.group());
+        let append =
+            device.kernel(&format!("kvarn_append_d{head_dim}_g{group}"), &[size_of::<AppendParams>()])?;
+        let expand =
+            device.kernel(&format!("kvarn_expand_d{head_dim}_g{group}"), &[size_of::<ExpandParams>()])?;
+        Ok(Self { append, expand })
+    }
+}
+
+/// Borrows memory that must be of just the size.
+///
+/// # Safety
+/// As [`DeviceMemory::borrow`].
+unsafe fn borrow(
+    device: &'static Device,
+    memory: Borrowed,
+    bytes: usize,
+    what: &'static str,
+) -> Result<Arc<DeviceMemory>, Error> {
+    if memory.bytes != bytes {
+        return Err(Error::Borrowed {
+            what,
+            got: format!("of {} bytes", memory.bytes),
+            expected: format!("{bytes} bytes, those of all layers one behind the other"),
+            fix: "pass a tensor of that size",
+        });
+    }
+    // SAFETY: the caller's promise.
+    unsafe { DeviceMemory::borrow(device, memory.address, bytes, memory.owner, what) }
 }
 
 /// Checks type and alignment of a tensor: half or bfloat16, like `other`, rows at multiples of `alignment`.
