@@ -377,21 +377,27 @@ def check_nan_stays():
 
 
 def check_graph():
-    """Attention in a captured graph gives the bits of the eager call."""
+    """A captured step gives the bits of the eager one."""
     made = Twin(d=128, g=128, bits=(4, 2), kv=2, dtype=torch.float16, seed=11)
-    sequence = made.gpu.create()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step = made.gpu.step([sequence], [700])
-        q = made.normal(700, 8, 128)
+    sequence, stream = made.gpu.create(), torch.cuda.Stream()
+    arrays = made.gpu.static_arrays([700], tokens=1400)
+    q, k, v = made.normal(700, 8, 128), made.normal(700, 2, 128), made.normal(700, 2, 128)
+
+    def forward(step):
         for layer in range(2):
-            step.append(layer, made.normal(700, 2, 128), made.normal(700, 2, 128))
-        eager = step.attend(0, q)
+            step.append(layer, k, v)
+        return step.attend(0, q)
+
+    with torch.cuda.stream(stream):
+        step = made.gpu.step([sequence], [700], arrays=arrays)
+        eager = forward(step)
+        step.abandon()
+        step = made.gpu.step([sequence], [700], arrays=arrays)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            captured = step.attend(0, q)
+            captured = forward(step)
         captured.fill_(math.nan)
-        graph.replay()
+        step.replay(graph)
         torch.cuda.synchronize()
         if not torch.equal(eager, captured):
             COUNTS.fail("graph and eager differ")
