@@ -121,7 +121,8 @@ def kvarn_row(preset, batch, context, stream):
                 for layer in range(layers):
                     step.append(layer, rows, rows)
             stored += count
-        step = pool.step(sequences, [1] * batch)
+        arrays = pool.static_arrays([1] * batch, tokens=stored + 1)  # a captured attend needs them
+        step = pool.step(sequences, [1] * batch, arrays=arrays)
         one = filler[:batch]
         q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.float16)
         append_host = []

@@ -151,9 +151,29 @@ mod tests {
         let mut memory = 0u8;
         let object = NonNull::from(&mut memory).cast();
         // SAFETY: the function above only stores the pointer.
-        let tensor = unsafe { found.unwrap().call(object) }.unwrap();
+        let tensor = unsafe { found.unwrap().borrow(object) }.unwrap();
         assert_eq!(tensor.data, object.as_ptr());
         // SAFETY: as above; the dangling pointer is not read.
-        assert!(unsafe { found.unwrap().call(NonNull::dangling()) }.is_none());
+        assert!(unsafe { found.unwrap().borrow(NonNull::dangling()) }.is_none());
+    }
+    unsafe extern "C" fn stream(kind: i32, index: i32, stream: *mut *mut c_void) -> i32 {
+        // SAFETY: `Exchange::current_stream` passes a valid place.
+        unsafe { *stream = std::ptr::without_provenance_mut((100 * kind + index) as usize) };
+        if index == 9 { -1 } else { 0 }
+    }
+
+    #[test]
+    fn the_stream_of_a_device_is_asked_for() {
+        let with = ExchangeApi { current_stream: Some(stream), ..table(1, std::ptr::null()) };
+        let without = table(1, std::ptr::null());
+        let asked = |table: &ExchangeApi, index| {
+            // SAFETY: a table as a capsule would hold it, whose functions need no interpreter.
+            let stream = unsafe {
+                Exchange::find(NonNull::from(table).cast()).unwrap().current_stream(Device::cuda(index))
+            };
+            stream.map(|stream| stream.addr())
+        };
+        assert_eq!(asked(&with, 3), Some(203));
+        assert_eq!((asked(&with, 9), asked(&without, 3)), (None, None));
     }
 }
