@@ -29,7 +29,7 @@ class Step:
     A step that is dropped unfinished is abandoned: the pool is as it was.
     """
 
-    __slots__ = ("_cuda", "_dtype", "_layers", "_open", "_step")
+    __slots__ = ("__weakref__", "_cuda", "_dtype", "_handle", "_layers", "_open", "_step")
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class Step:
         self._layers = layers
         self._dtype = dtype
         self._open = True
+        self._handle: torch.Tensor | None = None
 
     def append(
         self, layer: int, k: AnyArray, v: AnyArray, rotated: bool = False, check: bool = False
@@ -195,6 +196,15 @@ class Step:
         self._step.send(current_stream(self._cuda or 0))
         graph.replay()
         self._step.replayed()
+
+    @property
+    def handle(self) -> torch.Tensor:
+        """What names the step to the operators of `kvarn.torch_ops`: int64 [1] on the CPU."""
+        if self._handle is None:
+            from kvarn import torch_ops
+
+            self._handle = torch_ops.handle_of(self)
+        return self._handle
 
     def finish(self) -> None:
         """Makes the step the state of its sequences: lengths move, slots of sealed tiles are given back.

@@ -171,7 +171,7 @@ mod tests {
             let stream = unsafe {
                 Exchange::find(NonNull::from(table).cast()).unwrap().current_stream(Device::cuda(index))
             };
-            stream.map(|stream| stream.addr())
+            stream.map(<*mut c_void>::addr)
         };
         assert_eq!(asked(&with, 3), Some(203));
         assert_eq!((asked(&with, 9), asked(&without, 3)), (None, None));
