@@ -111,6 +111,8 @@ class Pool:
                     raise DeviceError(f"{name} with device 'cpu': expected none; it is for CUDA pools")
             self._pool = _kvarn.Pool(cfg, shapes, pages, slots, float32)
         else:
+            if memory is not None:
+                _check_pair(memory)
             self._pool = _kvarn.CudaPool(cfg, shapes, pages, slots, float32, self._cuda, memory, check)
         self.layers = tuple(LayerShape(*shape) for shape in self._pool.layers)
 
@@ -267,6 +269,16 @@ class Pool:
             f"{stats.pages_used} of {stats.pages} pages, {stats.slots_used} of {stats.slots} slots, "
             f"{stats.sequences} sequences>"
         )
+
+
+def _check_pair(memory: object) -> None:
+    if not isinstance(memory, tuple):
+        kind = f"type {type(memory).__name__}"
+    elif len(memory) != 2:
+        kind = f"{len(memory)} parts"
+    else:
+        return
+    raise DTypeError(f"memory of {kind}: expected (pages, slots); pass a tuple of two tensors")
 
 
 def _slot_dtype(dtype: object) -> Literal["float16", "float32"]:

@@ -178,6 +178,35 @@ mod tests {
     use super::*;
     use crate::plan::{AppendPlan, AttendPlan};
 
+    /// What planning on the host costs: once a step, for all layers. Prints µs.
+    #[test]
+    #[ignore = "measures; run it with --release and --nocapture"]
+    fn planning_time() {
+        let rule = SealRule::new(128, 128, 0).unwrap();
+        for (batch, tokens) in [(1, 4_096), (1, 131_072), (8, 32_768), (64, 4_096), (64, 32_768)] {
+            let mut tables = Tables::new(rule, batch * tokens / 128, 4 * batch).unwrap();
+            let ids: Vec<_> = (0..batch).map(|_| tables.create()).collect();
+            let mut microseconds: [Vec<f64>; 2] = Default::default();
+            let prompt = tables.plan_step(&ids, &vec![tokens - 200; batch], &vec![0; batch]).unwrap();
+            tables.finish(prompt.id).unwrap();
+            for _ in 0..100 {
+                let start = std::time::Instant::now();
+                let plan = tables.plan_step(&ids, &vec![1; batch], &vec![0; batch]).unwrap();
+                let planned = start.elapsed();
+                let key = AttendKey { appended: true, group: 4, query_tokens: 2, window: usize::MAX };
+                let (append, attend) = (AppendPlan::new(&plan, 128), AttendPlan::new(&plan, &rule, key));
+                assert_eq!((append.slot_of_row.len(), attend.counters), (batch, batch));
+                for (kept, time) in microseconds.iter_mut().zip([planned, start.elapsed() - planned]) {
+                    kept.push(time.as_secs_f64() * 1e6);
+                }
+                tables.finish(plan.id).unwrap();
+            }
+            microseconds.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
+            let [tables, arrays] = microseconds.map(|times| times[50]);
+            println!("batch {batch} of {tokens} tokens: tables {tables:.1} µs, arrays {arrays:.1} µs");
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
