@@ -4,13 +4,14 @@ Importing this module defines three operators of the namespace ``torch.ops.kvarn
 of `kvarn.Step` do, on the CPU and on CUDA::
 
     append(Tensor(a!) step, int layer, Tensor k, Tensor v, bool rotated=False) -> ()
-    attend(Tensor step, int layer, Tensor q, float? scale=None, int? window=None, float? softcap=None,
+    attend(Tensor(a!) step, int layer, Tensor q, float? scale=None, int? window=None, float? softcap=None,
            Tensor? sink_logits=None, bool rotated=False) -> Tensor
     attend_lse(…as attend…) -> (Tensor, Tensor)
 
 A graph holds no Python objects, so a step is named by its handle: `Step.handle`, int64 [1] on the CPU. Take
-it outside of what is compiled and pass it in: one compiled graph then serves every step. As `append` counts
-as writing to the handle, compilers leave the calls in order and keep appends, which have no result.
+it outside of what is compiled and pass it in: one compiled graph then serves every step. Every operator
+counts as writing to the handle, though its value stays, so that compilers leave all calls, and leave them in
+order.
 
 None of the operators has a derivative.
 """
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["handle_of"]
 
 _ATTEND = (
-    "(Tensor step, int layer, Tensor q, float? scale=None, int? window=None, float? softcap=None, "
+    "(Tensor(a!) step, int layer, Tensor q, float? scale=None, int? window=None, float? softcap=None, "
     "Tensor? sink_logits=None, bool rotated=False)"
 )
 

@@ -79,7 +79,7 @@ def test_append_passes_torchs_checks(util):
     torch.library.opcheck(torch.ops.kvarn.append.default, arguments, test_utils=util)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_one_graph_serves_every_step(backend):
     torch._dynamo.reset()
     cache, twin = Cache(), Cache()
