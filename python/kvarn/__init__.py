@@ -35,7 +35,7 @@ from kvarn.errors import (
     StateError,
     TensorError,
 )
-from kvarn.pool import LayerShape, Pool, Sequence, Stats
+from kvarn.pool import LayerShape, Pool, Sequence, StaticArrays, Stats
 from kvarn.step import Step
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ __all__ = [
     "Sequence",
     "ShapeError",
     "StateError",
+    "StaticArrays",
     "Stats",
     "Step",
     "TensorError",

@@ -10,6 +10,7 @@ __all__ = [
     "Memory",
     "Pool",
     "Sequence",
+    "StaticArrays",
     "Stats",
     "Step",
     "__version__",
@@ -205,13 +206,18 @@ class CudaPool:
         slots: int,
         float32: bool,
         device: int,
+        memory: tuple[object, object] | None,
+        check: bool,
     ) -> CudaPool: ...
+    def static_arrays(self, counts: list[int], tokens: int) -> StaticArrays: ...
     def create(self) -> Sequence: ...
     def free(self, sequence: Sequence) -> None: ...
     def truncate(self, sequence: Sequence, length: int) -> None: ...
-    def step(self, sequences: list[Sequence], counts: list[int], hold: list[int]) -> CudaStep: ...
+    def step(
+        self, sequences: list[Sequence], counts: list[int], hold: list[int], arrays: StaticArrays | None
+    ) -> CudaStep: ...
     def expand(
-        self, sequence: Sequence, layer: int, k: object, v: object, first: int, rotated: bool, stream: int
+        self, sequence: Sequence, layer: int, k: object, v: object, first: int, rotated: bool
     ) -> None: ...
     @property
     def provided_bytes(self) -> int: ...
@@ -222,10 +228,18 @@ class CudaPool:
     def slots(self, layer: int) -> Memory: ...
 
 @final
+class StaticArrays:
+    """Device arrays of a pool's steps, at addresses that stay; made by `Pool.static_arrays`.
+
+    A CUDA graph that was captured with a step of these arrays runs any later step of them, by
+    `Step.replay`. One step at a time uses them. They must outlive the graphs.
+    """
+
+@final
 class CudaStep:
     """One forward pass of a batch on a CUDA device."""
 
-    def append(self, layer: int, k: object, v: object, rotated: bool, stream: int) -> None: ...
+    def append(self, layer: int, k: object, v: object, rotated: bool) -> None: ...
     def attend(
         self,
         layer: int,
@@ -238,12 +252,13 @@ class CudaStep:
         sink_logits: object | None,
         rotated: bool,
         most_columns: int,
-        stream: int,
     ) -> None: ...
     def stored(self, layer: int, index: int) -> int: ...
     def expand(
-        self, layer: int, index: int, k: object, v: object, first: int, rotated: bool, stream: int
+        self, layer: int, index: int, k: object, v: object, first: int, rotated: bool
     ) -> None: ...
+    def send(self, stream: int) -> None: ...
+    def replayed(self) -> None: ...
     def finish(self) -> None: ...
     def abandon(self) -> None: ...
     @property

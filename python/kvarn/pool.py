@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty
-from kvarn._device import cuda_index, current_stream, default_like
-from kvarn._kvarn import Config, Memory, Sequence, Stats
-from kvarn.errors import DTypeError, ShapeError
+from kvarn._device import cuda_index, default_like
+from kvarn._kvarn import Config, Memory, Sequence, StaticArrays, Stats
+from kvarn.errors import DeviceError, DTypeError, ShapeError
 from kvarn.step import Step, tokens_to_expand
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
-__all__ = ["LayerShape", "Pool", "Sequence", "Stats", "Step"]
+__all__ = ["LayerShape", "Pool", "Sequence", "StaticArrays", "Stats", "Step"]
 
 
 class LayerShape(NamedTuple):
@@ -63,6 +64,8 @@ class Pool:
         slots: int,
         dtype: object = "float16",
         device: object = "cpu",
+        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
+        check: bool = False,
     ) -> None:
         """Reserves the memory.
 
@@ -78,12 +81,20 @@ class Pool:
                 NumPy's types are known too.
             device: "cpu", "cuda" or "cuda:N". On CUDA everything comes and goes as torch tensors of that
                 device, work goes to torch's current stream, and slots are float16.
+            memory: On CUDA, ``(pages, slots)`` to be used instead of memory of the pool's own: contiguous
+                tensors of the device, uint8 and float16, at multiples of 128 bytes. Their sizes are those of
+                all layers, one behind the other: pages · kv_heads · record_bytes of a layer's
+                ``cfg.replace(head_dim=…)``, and slots · kv_heads · 2 · group · head_dim elements. The slots
+                are zeroed. The pool keeps the tensors; they are written to by nobody else.
+            check: For debugging, on CUDA: before every launch check that the numbers in the step's arrays
+                lie in range, and that the arrays on the device are as they were sent. Every launch then
+                waits for its stream.
 
         Raises:
             ShapeError: A number is out of range, or `kv_heads` does not go with `layers`.
             ConfigError: A head dim is not supported.
             DTypeError: An unknown type.
-            DeviceError: Another device.
+            DeviceError: Another device; `memory` or `check` with the CPU.
             CapacityError: The system has not as much address space.
             CudaUnavailableError: CUDA cannot be used here; the text says what is missing.
         """
@@ -95,9 +106,14 @@ class Pool:
         float32 = self.dtype == "float32"
         self._pool: _kvarn.Pool | _kvarn.CudaPool
         if self._cuda is None:
+            for name, given in (("memory", memory is not None), ("check", check)):
+                if given:
+                    raise DeviceError(f"{name} with device 'cpu': expected none; it is for CUDA pools")
             self._pool = _kvarn.Pool(cfg, shapes, pages, slots, float32)
         else:
-            self._pool = _kvarn.CudaPool(cfg, shapes, pages, slots, float32, self._cuda)
+            if memory is not None:
+                _check_pair(memory)
+            self._pool = _kvarn.CudaPool(cfg, shapes, pages, slots, float32, self._cuda, memory, check)
         self.layers = tuple(LayerShape(*shape) for shape in self._pool.layers)
 
     def create(self) -> Sequence:
@@ -121,8 +137,45 @@ class Pool:
         """
         self._pool.truncate(sequence, length)
 
+    def static_arrays(self, counts: Iterable[int], tokens: int) -> StaticArrays:
+        """Device arrays at addresses that stay, so that a captured CUDA graph serves many steps.
+
+        Run a step with them once, so that everything is allocated; capture a step with them, inside
+        ``torch.cuda.graph``; then `Step.replay` runs the graph for the captured step and every later one::
+
+            arrays = pool.static_arrays([1] * len(sequences), tokens=4096)
+            with pool.step(sequences, [1] * len(sequences), arrays=arrays) as step:
+                forward(step)
+            graph = torch.cuda.CUDAGraph()
+            with pool.step(sequences, [1] * len(sequences), arrays=arrays) as step:
+                with torch.cuda.graph(graph):
+                    forward(step)
+                step.replay(graph)
+            with pool.step(sequences, [1] * len(sequences), arrays=arrays) as step:
+                step.replay(graph)
+
+        The results have the same bits as without a graph. One step at a time uses the arrays, which must
+        outlive the graphs.
+
+        Args:
+            counts: New tokens of each sequence in every step: launches must be of one size.
+            tokens: Length of the longest sequence, the step's tokens included, that they have room for.
+
+        Raises:
+            DeviceError: A CPU pool, which has no graphs.
+            ShapeError: No new tokens, or `tokens` below a count.
+        """
+        if isinstance(self._pool, _kvarn.Pool):
+            raise DeviceError("static arrays on the CPU: expected a CUDA pool; leave them out")
+        return self._pool.static_arrays(list(counts), tokens)
+
     def step(
-        self, sequences: Iterable[Sequence], counts: Iterable[int], hold: int | Iterable[int] = 0
+        self,
+        sequences: Iterable[Sequence],
+        counts: Iterable[int],
+        hold: int | Iterable[int] = 0,
+        *,
+        arrays: StaticArrays | None = None,
     ) -> Step:
         """Plans one forward pass and reserves the pages and slots that it needs: all, or nothing changes.
 
@@ -131,16 +184,24 @@ class Pool:
             counts: New tokens of each. With 0 a step only commits what was held.
             hold: Newest tokens, of those, that stay uncommitted: one number for all, or one each, at most its
                 count. What was held before is committed. Only committed tokens are sealed.
+            arrays: Of `static_arrays`, for a step that is captured into a CUDA graph or replays one.
 
         Raises:
             CapacityError: Too few free pages or slots; the text says which sequence lacked what.
-            ShapeError: Lists or numbers that do not fit together.
-            StateError: A sequence was freed, is in another open step, or belongs to another pool.
+            ShapeError: Lists or numbers that do not fit together, or not into `arrays`.
+            StateError: A sequence was freed, is in another open step, or belongs to another pool; another
+                open step uses `arrays`.
         """
         sequences = list(sequences)
         holds = [hold] * len(sequences) if isinstance(hold, int) else list(hold)
         counts = tuple(counts)
-        step = self._pool.step(sequences, list(counts), holds)
+        step: _kvarn.Step | _kvarn.CudaStep
+        if isinstance(self._pool, _kvarn.Pool):
+            if arrays is not None:
+                raise DeviceError("static arrays with a CPU pool: expected None; leave them out")
+            step = self._pool.step(sequences, list(counts), holds)
+        else:
+            step = self._pool.step(sequences, list(counts), holds, arrays)
         return Step(step, counts, self.layers, self.dtype, self._cuda)
 
     @overload
@@ -201,10 +262,7 @@ class Pool:
         # A layer that does not exist is refused below, by the call that knows the range.
         shape = self.layers[layer] if 0 <= layer < len(self.layers) else LayerShape(0, 0)
         k, v = (empty((count, *shape), "like", like) for _ in range(2))
-        if isinstance(self._pool, _kvarn.Pool):
-            self._pool.expand(sequence, layer, k, v, first, rotated)
-        else:
-            self._pool.expand(sequence, layer, k, v, first, rotated, current_stream(self._cuda or 0))
+        self._pool.expand(sequence, layer, k, v, first, rotated)
         return k, v
 
     def stats(self) -> Stats:
@@ -235,6 +293,16 @@ class Pool:
             f"{stats.pages_used} of {stats.pages} pages, {stats.slots_used} of {stats.slots} slots, "
             f"{stats.sequences} sequences>"
         )
+
+
+def _check_pair(memory: object) -> None:
+    if not isinstance(memory, tuple):
+        kind = f"type {type(memory).__name__}"
+    elif len(memory) != 2:
+        kind = f"{len(memory)} parts"
+    else:
+        return
+    raise DTypeError(f"memory of {kind}: expected (pages, slots); pass a tuple of two tensors")
 
 
 def _slot_dtype(dtype: object) -> Literal["float16", "float32"]:

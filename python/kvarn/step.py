@@ -12,7 +12,7 @@ from kvarn._arrays import Array, empty, empty_like
 from kvarn._device import current_stream, default_like, refuse_non_finite
 from kvarn._kvarn import Memory
 from kvarn.codec import EncodeCounts
-from kvarn.errors import ShapeError
+from kvarn.errors import DeviceError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Step"]
 
-# On CUDA: query columns (new tokens times query heads per KV head) of a sequence up to which the fused kernel
-# attends. It reads what is stored once for 16 columns; for more it is cheaper to expand it once.
-_FUSED_COLUMNS = 64
+# Query columns of a sequence (new tokens times query heads per KV head) up to which the fused kernel attends. It reads
+# what is stored once for 16 columns; for more it is cheaper to expand it once: tests/gpu/check_long.py times both. With a
+# window or a softcap the dense way is slower for long, and only saves the room of the fused kernel's partial results.
+_FUSED_COLUMNS = 2048
+_FUSED_COLUMNS_WITH_OPTIONS = 16384
 
 
 class Step:
@@ -35,7 +37,7 @@ class Step:
     A step that is dropped unfinished is abandoned: the pool is as it was.
     """
 
-    __slots__ = ("_counts", "_cuda", "_dtype", "_layers", "_open", "_step")
+    __slots__ = ("__weakref__", "_counts", "_cuda", "_dtype", "_handle", "_layers", "_open", "_step")
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class Step:
         self._layers = layers
         self._dtype = dtype
         self._open = True
+        self._handle: torch.Tensor | None = None
 
     def append(
         self, layer: int, k: AnyArray, v: AnyArray, rotated: bool = False, check: bool = False
@@ -80,7 +83,7 @@ class Step:
         if check:
             refuse_non_finite("k", layer, k)
             refuse_non_finite("v", layer, v)
-        self._step.append(layer, k, v, rotated, current_stream(self._cuda or 0))
+        self._step.append(layer, k, v, rotated)
         return None
 
     @overload
@@ -150,14 +153,16 @@ class Step:
         """
         out = empty_like("q", q)
         lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
+        options = scale, window, softcap, sink_logits, rotated
         if isinstance(self._step, _kvarn.Step):
-            self._step.attend(layer, q, out, lse, scale, window, softcap, sink_logits, rotated)
+            self._step.attend(layer, q, out, lse, *options)
         else:
-            options = scale, window, softcap, sink_logits, rotated
-            self._step.attend(layer, q, out, lse, *options, _FUSED_COLUMNS, current_stream(self._cuda or 0))
+            plain = window is None and softcap is None
+            most_columns = _FUSED_COLUMNS if plain else _FUSED_COLUMNS_WITH_OPTIONS
+            self._step.attend(layer, q, out, lse, *options, most_columns)
             group = q.shape[1] // self._layers[layer][0]
-            if max(self._counts, default=0) * group > _FUSED_COLUMNS:
-                self._attend_densely(self._step, layer, q, out, lse, *options)
+            if max(self._counts, default=0) * group > most_columns:
+                self._attend_densely(self._step, layer, q, out, lse, *options, most_columns)
         return out if lse is None else (out, lse)
 
     def _attend_densely(
@@ -172,6 +177,7 @@ class Step:
         softcap: float | None,
         sink_logits: Any,
         rotated: bool,
+        most_columns: int,
     ) -> None:
         """Attends for the sequences that the fused kernel left out; the arguments are checked."""
         # torch is there: the queries are torch tensors.
@@ -179,7 +185,6 @@ class Step:
 
         from kvarn import _dense
 
-        stream = current_stream(self._cuda or 0)
         kv_heads, head_dim = self._layers[layer]
         scoring = _dense.Scoring(head_dim**-0.5 if scale is None else scale, window, softcap)
         k = v = torch.empty(0)
@@ -187,7 +192,7 @@ class Step:
         for index, count in enumerate(self._counts):
             rows = slice(row, row + count)
             row += count
-            if count * (q.shape[1] // kv_heads) <= _FUSED_COLUMNS:
+            if count * (q.shape[1] // kv_heads) <= most_columns:
                 continue
             stored = step.stored(layer, index)
             if len(k) < min(stored, _dense.BLOCK):
@@ -195,7 +200,7 @@ class Step:
                 k, v = (torch.empty(shape, dtype=torch.float16, device=q.device) for _ in range(2))
 
             def expand(first: int, count: int, index: int = index, k: Any = k, v: Any = v) -> tuple[Any, Any]:
-                step.expand(layer, index, k[:count], v[:count], first, rotated, stream)
+                step.expand(layer, index, k[:count], v[:count], first, rotated)
                 return k[:count], v[:count]
 
             _dense.attend(
@@ -264,11 +269,39 @@ class Step:
         if like is None:
             like = default_like(self._dtype, self._cuda)
         k, v = (empty((count, *self._layers[layer]), "like", like) for _ in range(2))
-        if isinstance(self._step, _kvarn.Step):
-            self._step.expand(layer, index, k, v, first, rotated)
-        else:
-            self._step.expand(layer, index, k, v, first, rotated, current_stream(self._cuda or 0))
+        self._step.expand(layer, index, k, v, first, rotated)
         return k, v
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Runs a CUDA graph that was captured with a step of the same static arrays, as this step.
+
+        The graph appends to every layer. It runs on torch's current stream, behind the sending of this
+        step's arrays; its inputs are the caller's to fill in before, on the same stream.
+
+        Args:
+            graph: The graph; whatever has a method ``replay()``, which may run several graphs.
+
+        Raises:
+            StateError: The step has no static arrays, or nothing was captured with them; a layer was
+                appended to; the step is closed.
+            CapacityError: The step does not fit into the static arrays.
+            DeviceError: A CPU pool, which has no graphs.
+            CudaError: CUDA failed.
+        """
+        if isinstance(self._step, _kvarn.Step):
+            raise DeviceError("replay on the CPU: expected a step of a CUDA pool; call append and attend")
+        self._step.send(current_stream(self._cuda or 0))
+        graph.replay()
+        self._step.replayed()
+
+    @property
+    def handle(self) -> torch.Tensor:
+        """What names the step to the operators of `kvarn.torch_ops`: int64 [1] on the CPU."""
+        if self._handle is None:
+            from kvarn import torch_ops
+
+            self._handle = torch_ops.handle_of(self)
+        return self._handle
 
     def finish(self) -> None:
         """Makes the step the state of its sequences: lengths move, slots of sealed tiles are given back.

@@ -459,27 +459,35 @@ def check_nan_stays():
 
 
 def check_graph():
-    """Attention in a captured graph gives the bits of the eager call."""
+    """A captured step gives the bits of the eager one."""
     made = Twin(d=128, g=128, bits=(4, 2), kv=2, dtype=torch.float16, seed=11)
-    sequence = made.gpu.create()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    for count in (700, 1, 16):
-        with torch.cuda.stream(stream):
-            step = made.gpu.step([sequence], [count])
-            q = made.normal(count, 8, 128)
-            for layer in range(2):
-                step.append(layer, made.normal(count, 2, 128), made.normal(count, 2, 128))
-            eager = step.attend(0, q)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                captured = step.attend(0, q)
-            captured.fill_(math.nan)
-            graph.replay()
-            torch.cuda.synchronize()
-            if not torch.equal(eager, captured):
-                COUNTS.fail(f"graph and eager differ at {count} new tokens")
-            step.finish()
+    sequence, stream = made.gpu.create(), torch.cuda.Stream()
+    k, v = made.normal(700, 2, 128), made.normal(700, 2, 128)
+    with made.gpu.step([sequence], [700]) as step:
+        for layer in range(2):
+            step.append(layer, k, v)
+    arrays = made.gpu.static_arrays([100], tokens=1400)
+    q, k, v = made.normal(100, 8, 128), made.normal(100, 2, 128), made.normal(100, 2, 128)
+
+    def forward(step):
+        for layer in range(2):
+            step.append(layer, k, v)
+        return step.attend(0, q)
+
+    with torch.cuda.stream(stream):
+        step = made.gpu.step([sequence], [100], arrays=arrays)
+        eager = forward(step)
+        step.abandon()
+        step = made.gpu.step([sequence], [100], arrays=arrays)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = forward(step)
+        captured.fill_(math.nan)
+        step.replay(graph)
+        torch.cuda.synchronize()
+        if not torch.equal(eager, captured):
+            COUNTS.fail("graph and eager differ")
+        step.finish()
     COUNTS.cases += 1
     print("graph: done", flush=True)
 

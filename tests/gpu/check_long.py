@@ -27,12 +27,12 @@ DENSE, FUSED = 0, 1 << 30
 @contextlib.contextmanager
 def fused_up_to(columns):
     """The fused kernel attends up to this many columns, dense attention beyond."""
-    before = kvarn.step._FUSED_COLUMNS
-    kvarn.step._FUSED_COLUMNS = columns
+    before = kvarn.step._FUSED_COLUMNS, kvarn.step._FUSED_COLUMNS_WITH_OPTIONS
+    kvarn.step._FUSED_COLUMNS = kvarn.step._FUSED_COLUMNS_WITH_OPTIONS = columns
     try:
         yield
     finally:
-        kvarn.step._FUSED_COLUMNS = before
+        kvarn.step._FUSED_COLUMNS, kvarn.step._FUSED_COLUMNS_WITH_OPTIONS = before
 
 
 @contextlib.contextmanager

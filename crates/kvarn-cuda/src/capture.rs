@@ -5,17 +5,31 @@ use cudarc::driver::sys::{self, CUstreamCaptureMode, CUstreamCaptureStatus};
 use crate::Stream;
 use crate::driver::{Answer, check};
 
-/// Whether work given to `stream` is recorded into a graph. The context must be current.
-pub(crate) fn capturing(stream: Stream) -> Answer<bool> {
+/// What becomes of work given to a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Capture {
+    /// It is done.
+    Off,
+    /// It is recorded into a graph.
+    On,
+    /// It would wait for a stream that records, which spoils the recording: this is the legacy stream.
+    Beside,
+}
+
+/// Whether `stream` records into a graph. The context must be current.
+pub(crate) fn capture(stream: Stream) -> Answer<Capture> {
     let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     // SAFETY: a live stream of the current context; `status` is writable.
     let result = unsafe { sys::cuStreamIsCapturing(stream.raw(), &raw mut status) };
     if result == sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT {
-        // The legacy stream would wait for a stream that records, which spoils the recording.
-        return Ok(true);
+        return Ok(Capture::Beside);
     }
     check("cuStreamIsCapturing", result)?;
-    Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    Ok(if status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+        Capture::Off
+    } else {
+        Capture::On
+    })
 }
 
 /// This thread's calls do not break a capture of another stream as long as this lives.

@@ -93,13 +93,49 @@ pub enum Error {
         /// What to do.
         fix: &'static str,
     },
-    /// Work that would be recorded into a graph instead of being done.
-    #[error("{what} while its stream is being captured: expected it before the capture; {fix}")]
+    /// Work that cannot be a part of a graph, while one is captured.
+    #[error("{what} during a capture: expected {expected}; {fix}")]
     Capturing {
         /// What was asked for.
         what: &'static str,
+        /// What was expected.
+        expected: &'static str,
         /// What to do.
         fix: &'static str,
+    },
+    /// A number in an array of a step that a kernel would take for a place outside the pool.
+    #[error(
+        "{value} at {index} of the step's array {array:?}: expected {low} to {high}; the tables are damaged: report it \
+         as a bug of kvarn"
+    )]
+    OutOfRange {
+        /// The array.
+        array: &'static str,
+        /// Index in the array.
+        index: usize,
+        /// The number.
+        value: i64,
+        /// Smallest number allowed.
+        low: i64,
+        /// Largest number allowed.
+        high: i64,
+    },
+    /// An array of a step that is no longer what was sent.
+    #[error(
+        "{value} at {index} of the step's array {array:?} on cuda:{device}: expected {sent}, as sent; something else \
+         wrote to that memory: look for it with compute-sanitizer"
+    )]
+    Overwritten {
+        /// The array.
+        array: &'static str,
+        /// Index in the array.
+        index: usize,
+        /// The number found.
+        value: i32,
+        /// The number sent.
+        sent: i32,
+        /// Index of the device.
+        device: usize,
     },
     /// A kernel that no image has.
     #[error(
@@ -137,11 +173,11 @@ pub enum Error {
         expected: String,
     },
     /// Memory of a caller that cannot be used.
-    #[error("{what} at {got}: expected {expected}; {fix}")]
+    #[error("memory for {what}, {got}: expected {expected}; {fix}")]
     Borrowed {
         /// The memory.
         what: &'static str,
-        /// Its address.
+        /// Its address or its size.
         got: String,
         /// What was expected.
         expected: String,
@@ -173,6 +209,8 @@ impl Error {
             | Self::AlreadyLost { .. }
             | Self::Forked
             | Self::Capturing { .. }
+            | Self::OutOfRange { .. }
+            | Self::Overwritten { .. }
             | Self::UnknownKernel { .. }
             | Self::Parameters { .. } => ErrorKind::Cuda,
             Self::OutOfMemory { .. } | Self::TooLarge { .. } => ErrorKind::Capacity,

@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdevice, CUfunction, CUfunction_attribute, CUkernel};
 
+use crate::context::Current;
 use crate::driver::{Answer, Failure, check};
 use crate::{Device, Error, Limits, Stream};
 
@@ -176,9 +177,26 @@ pub unsafe fn launch(
     stream: Stream,
     parameters: &mut [*mut c_void],
 ) -> Result<(), Error> {
+    let current = kernel.device.enter()?;
+    // SAFETY: the caller's promise.
+    unsafe { launch_in(&current, kernel, grid, block, shared, stream, parameters) }
+}
+
+/// As [`launch`], in the context of the kernel's device, which the caller made current.
+///
+/// # Safety
+/// As [`launch`].
+pub(crate) unsafe fn launch_in(
+    _current: &Current,
+    kernel: &Kernel,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: Stream,
+    parameters: &mut [*mut c_void],
+) -> Result<(), Error> {
     kernel.fits(block, shared, parameters.len())?;
     let device = kernel.device;
-    let _current = device.enter()?;
     device.loss.launched(kernel.entry);
     // SAFETY: the kernel's function in the current context; the rest by the caller.
     let launched = unsafe {

@@ -4,7 +4,9 @@
 //! one gets an [`Error::Unavailable`] that says what is missing. Launches go to the caller's stream and neither
 //! allocate, nor synchronise, nor load.
 
+mod arrays;
 mod capture;
+mod check;
 mod context;
 mod device;
 mod driver;
@@ -31,15 +33,16 @@ mod workspace;
 #[cfg(test)]
 mod tests;
 
+pub use arrays::StaticArrays;
 pub use device::{Device, Limits, warmup};
 pub use error::{Error, ErrorKind};
 pub use image::{Architecture, Images};
 pub use launch::{Kernel, launch};
 pub use memory::{DeviceMemory, MemoryView};
-pub use pool::Pool;
+pub use pool::{Borrowed, Pool, PoolOptions};
 pub use probe::{Capability, Driver, Unavailable, probe};
 pub use step::Step;
 pub use stream::Stream;
 pub use tensor::DeviceTensor;
-pub use upload::{StepBuffer, StepBuffers, Words};
+pub use upload::{Array, StepBuffer, StepBuffers, Words};
 pub use version::Version;

@@ -81,7 +81,7 @@ impl DeviceMemory {
     ) -> Result<Arc<Self>, Error> {
         let _current = device.enter()?;
         let refuse = |expected: String, fix| {
-            Err(Error::Borrowed { what, got: format!("{address:#x}"), expected, fix })
+            Err(Error::Borrowed { what, got: format!("at {address:#x}"), expected, fix })
         };
         if !address.is_multiple_of(ALIGNMENT) {
             return refuse(format!("a multiple of {ALIGNMENT}"), "pass a tensor that starts at its storage");
@@ -113,6 +113,14 @@ impl DeviceMemory {
             Source::Reserved(mapping) => mapping.ensure(self.device, range, self.what),
             Source::Allocated | Source::Borrowed(_) => Ok(()),
         }
+    }
+
+    /// Writes zeros to all of it, after what the device has to do, and waits for them.
+    pub(crate) fn clear(&self) -> Result<(), Error> {
+        let _current = self.device.enter()?;
+        // SAFETY: the context is current.
+        self.device.told(check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() }))?;
+        self.device.zero(self.address, self.bytes)
     }
 
     /// Bytes of device memory that it takes.

@@ -96,6 +96,11 @@ impl AttendPlan {
         made
     }
 
+    /// Items.
+    pub(crate) fn count(&self) -> usize {
+        self.items.len() / ITEM_WORDS
+    }
+
     fn add_block(
         &mut self,
         sequence: &SequencePlan,
@@ -143,7 +148,7 @@ impl AttendPlan {
 
 /// Tiles of an item, for a sequence of `tokens` tokens: few for short ones, so that they fill the device, more for long
 /// ones, so that fewer partial results are written.
-fn item_tiles(tokens: usize, group: usize) -> usize {
+pub(crate) fn item_tiles(tokens: usize, group: usize) -> usize {
     let tokens_per_item = match tokens {
         0..=4_096 => 512,
         4_097..=16_384 => 1_024,

@@ -1,5 +1,6 @@
 //! A pool on a device: the core that all backends share, and device memory.
 
+use std::any::Any;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr;
@@ -11,11 +12,13 @@ use kvarn::tables::{SequenceId, SequenceView, StepPlan};
 use kvarn::{Config, DType};
 
 use crate::geometry::{self, AttendGeometry};
-use crate::params::{Cache, ExpandParams};
+use crate::params::{AppendParams, Cache, ExpandParams};
 use crate::tensor::dtype_number;
-use crate::upload::{StepBuffer, StepBuffers, Words};
+use crate::upload::{Array, StepBuffer, StepBuffers, Words};
 use crate::workspace::Workspaces;
-use crate::{Device, DeviceMemory, DeviceTensor, Error, Kernel, MemoryView, Step, Stream, launch};
+use crate::{
+    Device, DeviceMemory, DeviceTensor, Error, Kernel, MemoryView, StaticArrays, Step, Stream, check, launch,
+};
 
 /// The cache memory of one model on one device.
 ///
@@ -29,6 +32,10 @@ pub struct Pool {
     slots: Arc<DeviceMemory>,
     /// Two 64-bit words: non-finite and saturated values, added to by kernels.
     counts: Arc<DeviceMemory>,
+    /// Of each layer: no name is looked up when one is launched.
+    kernels: Vec<LayerKernels>,
+    /// Whether the arrays of steps are checked before every launch.
+    check: bool,
     buffers: Arc<StepBuffers>,
     workspaces: Workspaces,
     /// Pages and slots, from the first, whose memory is provided.
@@ -53,15 +60,46 @@ impl SentTables {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
+struct LayerKernels {
+    append: Kernel,
+    expand: Kernel,
+}
+
+/// Memory of a caller.
+pub struct Borrowed {
+    /// First byte, at a multiple of 128.
+    pub address: u64,
+    /// Bytes.
+    pub bytes: usize,
+    /// Keeps the memory.
+    pub owner: Box<dyn Any + Send + Sync>,
+}
+
+/// What a pool may be made with.
+#[derive(Default)]
+pub struct PoolOptions {
+    /// Memory for pages and slots. `None`: the pool reserves its own.
+    pub memory: Option<(Borrowed, Borrowed)>,
+    /// Check the arrays of a step before every launch: their ranges, and on the device that they are as they were sent. For
+    /// debugging; every launch waits for the stream.
+    pub check: bool,
+}
+
 impl Pool {
-    /// Reserves a pool of `pages` pages and `slots` slots for `layers` on device `device`.
-    pub fn new(
+    /// A pool of `pages` pages and `slots` slots for `layers` on device `device`.
+    ///
+    /// # Safety
+    /// Borrowed memory is device memory of as many bytes as long as its owner lives, and nobody else writes to it.
+    #[allow(clippy::too_many_arguments)] // what makes up a pool
+    pub unsafe fn new(
         config: Config,
         layers: &[LayerShape],
         pages: usize,
         slots: usize,
         slot_type: SlotType,
         device: usize,
+        options: PoolOptions,
     ) -> Result<Arc<Self>, Error> {
         let core = PoolCore::new(PoolLayout::new(config, layers, pages, slots, slot_type)?)?;
         if slot_type != SlotType::Float16 {
@@ -76,12 +114,38 @@ impl Pool {
         }
         let device = Device::open(device)?;
         let layout = core.layout();
-        let pages = DeviceMemory::reserve(device, layout.page_memory, "pages")?;
-        let slots = DeviceMemory::reserve(device, layout.slot_memory, "slots")?;
+        let kernels = layout.layers.iter().map(|layer| LayerKernels::find(device, &layer.config));
+        let kernels = kernels.collect::<Result<Vec<_>, _>>()?;
+        let (pages, slots) = match options.memory {
+            None => {
+                let pages = DeviceMemory::reserve(device, layout.page_memory, "pages")?;
+                (pages, DeviceMemory::reserve(device, layout.slot_memory, "slots")?)
+            }
+            // SAFETY: the caller's promise.
+            Some((pages, slots)) => unsafe {
+                let pages = borrow(device, pages, layout.page_memory, "pages")?;
+                let slots = borrow(device, slots, layout.slot_memory, "slots")?;
+                // Kernels multiply what no token was written to by zero: it must not be NaN.
+                slots.clear()?;
+                (pages, slots)
+            },
+        };
         let counts = DeviceMemory::allocate(device, 16, "counts")?;
-        let (buffers, workspaces) = (StepBuffers::new(device), Workspaces::new(device));
-        let (provided, resident) = (Mutex::default(), Mutex::default());
-        Ok(Arc::new(Self { core, device, pages, slots, counts, buffers, workspaces, provided, resident }))
+        let (check, provided, resident) = (options.check, Mutex::default(), Mutex::default());
+        let (buffers, workspaces) = (StepBuffers::new(device, check), Workspaces::new(device));
+        Ok(Arc::new(Self {
+            core,
+            device,
+            pages,
+            slots,
+            counts,
+            kernels,
+            check,
+            buffers,
+            workspaces,
+            provided,
+            resident,
+        }))
     }
 
     /// Sequences, tables, layout.
@@ -94,17 +158,23 @@ impl Pool {
         self.device
     }
 
-    /// Plans a step; see [`PoolCore::step`]. Provides memory for the pages and slots that it takes.
+    /// Plans a step; see [`PoolCore::step`]. Provides memory for the pages and slots that it takes. With static arrays, its
+    /// launches can be captured, or it can be a replay of a graph that was.
     pub fn step(
         self: &Arc<Self>,
         sequences: &[SequenceId],
         counts: &[usize],
         hold: &[usize],
+        arrays: Option<&StaticArrays>,
     ) -> Result<Step, Error> {
+        let lending = arrays.map(|arrays| arrays.lend(self, counts)).transpose()?;
         // An error drops the open step, which abandons it: the pool is as before.
         let open = self.core.step(sequences, counts, hold)?;
         self.provide(open.plan())?;
-        Ok(Step::new(Arc::clone(self), open))
+        if self.check {
+            check::tables(open.plan(), self.core.layout())?;
+        }
+        Step::new(Arc::clone(self), open, lending)
     }
 
     /// Non-finite and saturated values since the pool was made. Waits for the device.
@@ -131,21 +201,25 @@ impl Pool {
             if tokens.is_empty() {
                 return Ok(());
             }
-            self.launch_expand(at, &mut self.send_tables(view, stream)?, tokens, rotated, k, v)
+            self.launch_expand(at, layer, &mut self.send_tables(view, stream)?, tokens, rotated, k, v)
         })
     }
 
     /// Sends what the expansion of a view needs.
     pub(crate) fn send_tables(&self, view: &SequenceView, stream: Stream) -> Result<SentTables, Error> {
         let mut buffer = self.buffers.take(&[view.block_table.len(), view.slot_table.len()])?;
-        let [blocks, slots] = buffer.send(stream, [&view.block_table, &view.slot_table])?;
+        let tables =
+            [Array::new("block_table", &view.block_table), Array::new("slot_table", &view.slot_table)];
+        let [blocks, slots] = buffer.send(stream, tables)?;
         Ok(SentTables { buffer, stream, blocks, slots })
     }
 
     /// Decodes `tokens`, at least one, that the tables say are stored; the arguments are checked.
+    #[allow(clippy::too_many_arguments)] // one call, one launch
     pub(crate) fn launch_expand(
         &self,
         at: &Layer,
+        layer: usize,
         tables: &mut SentTables,
         tokens: Range<usize>,
         rotated: bool,
@@ -153,9 +227,10 @@ impl Pool {
         v: &DeviceTensor,
     ) -> Result<(), Error> {
         let config = &at.config;
-        let name = format!("kvarn_expand_d{}_g{}", config.head_dim(), config.group());
-        let kernel = self.device.kernel(&name, &[size_of::<ExpandParams>()])?;
+        let kernel = self.kernels[layer].expand;
         let stream = tables.stream;
+        tables.buffer.read_by(stream)?;
+        tables.buffer.verify(stream)?;
         let sinks = config.sink_tokens();
         let mut params = ExpandParams {
             k: k.parameter(),
@@ -176,10 +251,8 @@ impl Pool {
         let grid = [blocks as u32, 2 * at.shape.kv_heads as u32, 1];
         let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
         // SAFETY: the parameter is the kernel's (its size is checked, its layout mirrored); tables and pool are kept until
-        // the work has run (`done`, `Drop`); the tensors are as their maker promised; the stream is the caller's.
-        let launched = unsafe { launch(&kernel, grid, [128, 1, 1], 0, stream, parameters) };
-        tables.buffer.done(stream)?;
-        launched
+        // the work has run (`read_by`, `Drop`); the tensors are as their maker promised; the stream is the caller's.
+        unsafe { launch(&kernel, grid, [128, 1, 1], 0, stream, parameters) }
     }
 
     /// Pages of one layer: uint8 `[pages, kv_heads, record_bytes]`. All their memory is provided.
@@ -217,6 +290,16 @@ impl Pool {
         let blocks = (each * self.device.limits().multiprocessors) as usize;
         known.push((kernel.name(), blocks));
         Ok(blocks)
+    }
+
+    /// The kernel that appends to a layer.
+    pub(crate) fn append_kernel(&self, layer: usize) -> Kernel {
+        self.kernels[layer].append
+    }
+
+    /// Whether the arrays of steps are checked.
+    pub(crate) const fn checks(&self) -> bool {
+        self.check
     }
 
     pub(crate) fn counts_address(&self) -> u64 {
@@ -265,6 +348,39 @@ pub(crate) fn check_expand_on_device(
     check_type("k", k, None, 8)?;
     check_type("v", v, Some(k.dtype()), 8)?;
     Ok(tokens)
+}
+
+impl LayerKernels {
+    fn find(device: &'static Device, config: &Config) -> Result<Self, Error> {
+        let (head_dim, group) = (config.head_dim(), config.group());
+        let append =
+            device.kernel(&format!("kvarn_append_d{head_dim}_g{group}"), &[size_of::<AppendParams>()])?;
+        let expand =
+            device.kernel(&format!("kvarn_expand_d{head_dim}_g{group}"), &[size_of::<ExpandParams>()])?;
+        Ok(Self { append, expand })
+    }
+}
+
+/// Borrows memory that must be of just the size.
+///
+/// # Safety
+/// As [`DeviceMemory::borrow`].
+unsafe fn borrow(
+    device: &'static Device,
+    memory: Borrowed,
+    bytes: usize,
+    what: &'static str,
+) -> Result<Arc<DeviceMemory>, Error> {
+    if memory.bytes != bytes {
+        return Err(Error::Borrowed {
+            what,
+            got: format!("of {} bytes", memory.bytes),
+            expected: format!("{bytes} bytes, those of all layers one behind the other"),
+            fix: "pass a tensor of that size",
+        });
+    }
+    // SAFETY: the caller's promise.
+    unsafe { DeviceMemory::borrow(device, memory.address, bytes, memory.owner, what) }
 }
 
 /// Checks type and alignment of a tensor: half or bfloat16, like `other`, rows at multiples of `alignment`.

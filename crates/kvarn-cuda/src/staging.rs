@@ -72,23 +72,27 @@ impl Staging {
         Ok(Self { memory: memory.cast(), bytes, copied })
     }
 
-    /// Waits until the last copy is done, takes `write`'s bytes, and has `stream` copy the first `bytes` to `address`.
+    /// Waits until the last copy is done, takes `write`'s bytes, and has `stream` copy the `runs` of them, (first, length), to
+    /// the same places from `address` on.
     pub(crate) fn copy(
         &mut self,
         stream: Stream,
         address: u64,
-        bytes: usize,
+        runs: &[(usize, usize)],
         write: impl FnOnce(&mut [u8]),
     ) -> Answer<()> {
-        assert!(bytes <= self.bytes, "copy within the staging memory");
         self.copied.wait()?;
         // SAFETY: pinned memory of that size that no copy reads any more; the borrow ends before the next begins.
-        write(unsafe { std::slice::from_raw_parts_mut(self.memory, bytes) });
-        // SAFETY: `bytes` lie at both addresses; this memory is left alone until the event.
-        let result = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(address, self.memory.cast_const().cast(), bytes, stream.raw())
-        };
-        check("cuMemcpyHtoDAsync", result)?;
+        write(unsafe { std::slice::from_raw_parts_mut(self.memory, self.bytes) });
+        for &(first, length) in runs {
+            assert!(first + length <= self.bytes, "copy within the staging memory");
+            // SAFETY: `length` bytes lie at both addresses; this memory is left alone until the event.
+            let result = unsafe {
+                let from = self.memory.add(first).cast_const().cast();
+                sys::cuMemcpyHtoDAsync_v2(address + first as u64, from, length, stream.raw())
+            };
+            check("cuMemcpyHtoDAsync", result)?;
+        }
         self.copied.record(stream)
     }
 

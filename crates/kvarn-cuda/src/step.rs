@@ -4,59 +4,55 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvarn::pool::{AttendOptions, Layer, OpenStep, check_attend, check_rows};
+use kvarn::pool::{AttendOptions, Layer, OpenStep, PoolError, check_attend, check_rows};
 
+use crate::arrays::{Arrays, Lending, SentAppend, SentAttend, StepShape};
+use crate::capture::{Capture, capture};
+use crate::context::Current;
 use crate::geometry::{self, AttendGeometry};
-use crate::params::{AppendParams, AttendParams, SHARE_WORDS};
+use crate::launch::launch_in;
+use crate::params::{AppendParams, AttendParams, ITEM_WORDS};
 use crate::plan::{AppendPlan, AttendKey, AttendPlan};
 use crate::pool::{SentTables, check_expand_on_device, check_type};
 use crate::share::{Cost, Grid, shares};
 use crate::tensor::dtype_number;
-use crate::upload::{StepBuffer, Words};
+use crate::upload::{Array, StepBuffer, Words};
 use crate::workspace::Workspace;
-use crate::{DeviceTensor, Error, Pool, Stream, launch};
+use crate::{DeviceTensor, Error, Pool, Stream, check};
 
 /// An open step. Dropped without a finish, it is abandoned: the pool is as before.
 #[derive(Debug)]
 pub struct Step {
     pool: Arc<Pool>,
     open: OpenStep,
-    append: Mutex<Option<SentAppend>>,
-    attend: Mutex<Vec<SentAttend>>,
+    arrays: Arc<Arrays>,
+    /// The shape of all steps that use the arrays, if they are static.
+    shape: Option<StepShape>,
     /// Tables for expansion: place in the batch, whether after append, what was sent.
     tables: Mutex<Vec<(usize, bool, SentTables)>>,
 }
 
-/// An append's arrays on the device.
-#[derive(Debug)]
-struct SentAppend {
-    buffer: StepBuffer,
-    stream: Stream,
-    slot_of_row: Words,
-    seals: Words,
-    count: usize,
-}
-
-/// An attention's arrays on the device, and room for its partial results.
-#[derive(Debug)]
-struct SentAttend {
-    key: AttendKey,
-    kv_heads: usize,
-    head_dim: usize,
-    thread_blocks: usize,
-    buffer: StepBuffer,
-    stream: Stream,
-    items: Words,
-    shares: Words,
-    columns: usize,
-    /// Elements of all partial outputs.
-    outputs: usize,
-    workspace: Workspace,
-}
-
 impl Step {
-    pub(crate) fn new(pool: Arc<Pool>, open: OpenStep) -> Self {
-        Self { pool, open, append: Mutex::default(), attend: Mutex::default(), tables: Mutex::default() }
+    pub(crate) fn new(pool: Arc<Pool>, open: OpenStep, lending: Option<Lending<'_>>) -> Result<Self, Error> {
+        let Some(lending) = lending else {
+            return Ok(Self { pool, open, arrays: Arc::default(), shape: None, tables: Mutex::default() });
+        };
+        let (arrays, shape) = lending.to(open.plan().id);
+        let too_large = |what, got: usize, most: usize| {
+            let fix = "make static arrays for larger steps, or plan this one without";
+            let (got, expected) = (format!("{got} with static arrays"), format!("at most {most}"));
+            Err(PoolError::Value { what, got, expected, fix }.into())
+        };
+        let longest = open.plan().sequences.iter().map(|sequence| sequence.after.length).max().unwrap_or(0);
+        if longest > shape.tokens {
+            return too_large("tokens of a sequence", longest, shape.tokens);
+        }
+        let seals = open.plan().sequences.iter().map(|sequence| sequence.seals.len()).sum();
+        let most = shape.seals(&pool.core().layout().rule);
+        if seals > most {
+            return too_large("tiles to seal", seals, most);
+        }
+        Ok(Self { pool, open, arrays, shape: Some(shape), tables: Mutex::default() })
     }
 
     /// Plan, progress, finish and abandon.
@@ -81,38 +77,39 @@ impl Step {
     ) -> Result<(), Error> {
         let plan = self.open.plan();
         let slot_type = self.pool.core().layout().slot_type;
-        self.open.append(
-            layer,
-            |at| {
-                check_rows(at, slot_type, plan.tokens, k.description(), v.description())?;
-                check_type("k", k, None, 16)?;
-                check_type("v", v, Some(k.dtype()), 16)
-            },
-            |at| self.launch_append(at, k, v, rotated, stream),
-        )
+        let current = self.pool.device().enter()?;
+        let recording = self.recording(stream)?;
+        let fits = |at: &Layer| {
+            check_rows(at, slot_type, plan.tokens, k.description(), v.description())?;
+            check_type("k", k, None, 16)?;
+            check_type("v", v, Some(k.dtype()), 16)
+        };
+        let work = |at: &Layer| self.launch_append(&current, at, layer, k, v, rotated, stream, recording);
+        if recording {
+            self.open.record_append(layer, fits, work)
+        } else {
+            self.open.append(layer, fits, work)
+        }
     }
 
+    #[allow(clippy::too_many_arguments)] // one call, one launch
     fn launch_append(
         &self,
+        current: &Current,
         at: &Layer,
+        layer: usize,
         k: &DeviceTensor,
         v: &DeviceTensor,
         rotated: bool,
         stream: Stream,
+        recording: bool,
     ) -> Result<(), Error> {
         let config = &at.config;
         let plan = self.open.plan();
-        let mut sent = self.append.lock().unwrap_or_else(PoisonError::into_inner);
-        if sent.as_ref().is_none_or(|sent| sent.stream != stream) {
-            let arrays = AppendPlan::new(plan, config.group());
-            let mut buffer = self.pool.buffers().take(&[arrays.slot_of_row.len(), arrays.seals.len()])?;
-            let [slot_of_row, seals] = buffer.send(stream, [&arrays.slot_of_row, &arrays.seals])?;
-            *sent = Some(SentAppend { buffer, stream, slot_of_row, seals, count: arrays.count() });
-        }
-        let sent = sent.as_mut().expect("sent above");
+        let mut sent = self.arrays.append();
+        let sent = self.sent_append(&mut sent, stream, recording)?;
         let kv_heads = at.shape.kv_heads;
-        let name = format!("kvarn_append_d{}_g{}", config.head_dim(), config.group());
-        let kernel = self.pool.device().kernel(&name, &[size_of::<AppendParams>()])?;
+        let kernel = self.pool.append_kernel(layer);
         let vectors = kernel.threads() as usize / geometry::append_lanes(config.head_dim());
         let blocks = 2 * sent.count * kv_heads + (2 * plan.tokens * kv_heads).div_ceil(vectors);
         if blocks == 0 {
@@ -137,19 +134,77 @@ impl Step {
             value_bits: config.value_bits().get() as i32,
         };
         let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
+        let (grid, block) = ([blocks as u32, 1, 1], [kernel.threads(), 1, 1]);
         // SAFETY: the parameter is the kernel's (size checked, layout mirrored); the arrays are kept until the work has run
-        // (`done`), the pool's memory as long as it exists; the tensors are as their maker promised.
-        let launched = unsafe {
-            launch(&kernel, [blocks as u32, 1, 1], [kernel.threads(), 1, 1], shared, stream, parameters)
-        };
-        sent.buffer.done(stream)?;
-        launched
+        // (`read_by`), the pool's memory as long as it exists; the tensors are as their maker promised.
+        unsafe { launch_in(current, &kernel, grid, block, shared, stream, parameters) }
+    }
+
+    /// Whether `stream` records what it is given. The context must be current.
+    fn recording(&self, stream: Stream) -> Result<bool, Error> {
+        let refuse = |expected, fix| Err(Error::Capturing { what: "append or attend", expected, fix });
+        match self.pool.device().told(capture(stream))? {
+            Capture::Off => Ok(false),
+            Capture::On if self.shape.is_some() => Ok(true),
+            Capture::On => refuse(
+                "a step with static arrays, which stay where the graph reads them",
+                "make them with Pool.static_arrays and plan the step with Pool.step(…, arrays=…)",
+            ),
+            Capture::Beside => refuse(
+                "no work on the default stream, which would wait for the stream that is captured",
+                "use another stream",
+            ),
+        }
+    }
+
+    /// An append's arrays on the device: sent once for all layers, and again for another stream.
+    fn sent_append<'a>(
+        &self,
+        sent: &'a mut Option<SentAppend>,
+        stream: Stream,
+        recording: bool,
+    ) -> Result<&'a mut SentAppend, Error> {
+        let plan = self.open.plan();
+        if recording && sent.is_none() {
+            return Err(not_warm("append"));
+        }
+        // What is recorded needs the addresses only: each replay sends its own arrays first.
+        if !recording && sent.as_ref().is_none_or(|sent| sent.sent != (plan.id, stream)) {
+            let layout = self.pool.core().layout();
+            let mut arrays = AppendPlan::new(plan, layout.rule.group());
+            if let Some(shape) = &self.shape {
+                // A seal without a page is skipped.
+                let most = shape.seals(&layout.rule);
+                let skipped = [-1, -1, layout.rule.group() as i32, 0];
+                arrays.seals.extend(skipped.repeat(most - arrays.count()));
+            }
+            if self.pool.checks() {
+                check::append(&arrays, plan.tokens, layout)?;
+            }
+            let words = [Array::new("slot_of_row", &arrays.slot_of_row), Array::new("seals", &arrays.seals)];
+            let now = (plan.id, stream);
+            if let Some(sent) = sent {
+                [sent.slot_of_row, sent.seals] = sent.buffer.send(stream, words)?;
+                sent.sent = now;
+            } else {
+                let lengths = [arrays.slot_of_row.len(), arrays.seals.len()];
+                let mut buffer = self.pool.buffers().take(&lengths)?;
+                let [slot_of_row, seals] = buffer.send(stream, words)?;
+                *sent = Some(SentAppend { sent: now, buffer, slot_of_row, seals, count: arrays.count() });
+            }
+        }
+        let sent = sent.as_mut().expect("sent above");
+        if !recording {
+            sent.buffer.read_by(stream)?;
+            sent.buffer.verify(stream)?;
+        }
+        Ok(sent)
     }
 
     /// Attention of `q` `[tokens, heads, head_dim]` over what is stored, to `out` of the same shape and type, in one launch
     /// on `stream`. `sink_logits`, float32 `[heads]`, and `lse`, float32 `[tokens, heads]`, are device addresses with their
     /// lengths. Sequences with more query columns (new tokens times query heads per KV head) than `most_columns` are left
-    /// out: their rows of `out` and `lse` stay as they are.
+    /// out: their rows of `out` and `lse` are not written.
     ///
     /// # Safety
     /// `sink_logits` and `lse` lie in memory of the pool's device until the work has run.
@@ -166,7 +221,9 @@ impl Step {
         stream: Stream,
     ) -> Result<(), Error> {
         let plan = self.open.plan();
-        self.open.read(layer, |at, appended| {
+        let current = self.pool.device().enter()?;
+        let recording = self.recording(stream)?;
+        let work = |at: &Layer, appended| {
             let lengths = (lse.map(|(_, length)| length), sink_logits.map(|(_, length)| length));
             let settings =
                 check_attend(at, plan.tokens, q.shape(), out.shape(), lengths.0, lengths.1, options)?;
@@ -191,11 +248,8 @@ impl Step {
                 window: settings.window,
                 most_tokens,
             };
-            let mut sent = self.attend.lock().unwrap_or_else(PoisonError::into_inner);
-            let kernel =
-                self.pool.device().kernel(&geometry.name(&at.config), &[size_of::<AttendParams>()])?;
-            let thread_blocks = self.pool.resident(&kernel, &geometry)?;
-            let sent = self.sent(&mut sent, at, key, thread_blocks, stream)?;
+            let mut sent = self.arrays.attend();
+            let sent = self.sent_attend(&mut sent, at, &geometry, key, stream, recording)?;
             let sinks = at.config.sink_tokens();
             let results = sent.workspace.results();
             let mut params = AttendParams {
@@ -207,7 +261,7 @@ impl Step {
                 sink_logits: sink_logits.map_or(0, |(address, _)| address),
                 lse: lse.map_or(0, |(address, _)| address),
                 partial_out: results,
-                partial_base_sum: results + 4 * sent.outputs as u64,
+                partial_base_sum: results + 4 * sent.outputs() as u64,
                 counters: sent.workspace.counters(),
                 dtype: dtype_number(q.dtype()),
                 rotated: i32::from(settings.rotated),
@@ -218,63 +272,151 @@ impl Step {
                 scale: settings.scale,
                 softcap: settings.softcap.unwrap_or(0.0),
             };
-            let grid = [(sent.shares.count / SHARE_WORDS) as u32, 1, 1];
+            let grid = [sent.thread_blocks() as u32, 1, 1];
+            let block = [geometry.threads, 1, 1];
             let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
             // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
-            let launched = unsafe {
-                launch(&kernel, grid, [geometry.threads, 1, 1], geometry.shared, stream, parameters)
-            };
-            sent.buffer.done(stream)?;
-            launched
-        })
+            unsafe { launch_in(&current, &sent.kernel, grid, block, geometry.shared, stream, parameters) }
+        };
+        if recording { self.open.record_read(layer, work) } else { self.open.read(layer, work) }
     }
 
-    /// The arrays of this attention on the device: sent once for all layers that attend alike.
-    fn sent<'a>(
+    /// Sends the arrays of this step to where a graph reads them, which was captured with a step of the same static arrays and
+    /// is given to `stream` next. Then [`replayed`](Self::replayed).
+    pub fn send(&self, stream: Stream) -> Result<(), Error> {
+        self.open.check_replay()?;
+        let (mut append, mut attend) = (self.arrays.append(), self.arrays.attend());
+        if self.shape.is_none() || append.is_none() {
+            return Err(PoolError::Order(
+                "a step without what a graph reads: expected one whose static arrays served a captured step; capture one, and \
+                 plan this one with the same arrays"
+                    .into(),
+            )
+            .into());
+        }
+        let _current = self.pool.device().enter()?;
+        self.sent_append(&mut append, stream, false)?;
+        for sent in attend.iter_mut() {
+            self.send_attend(sent, stream)?;
+        }
+        Ok(())
+    }
+
+    /// The graph was given to the stream: every layer counts as appended to.
+    pub fn replayed(&self) {
+        self.open.replayed();
+    }
+
+    /// An attention's arrays on the device: sent once for all layers that attend alike.
+    fn sent_attend<'a>(
         &self,
         sent: &'a mut Vec<SentAttend>,
         at: &Layer,
+        geometry: &AttendGeometry,
         key: AttendKey,
-        thread_blocks: usize,
         stream: Stream,
+        recording: bool,
     ) -> Result<&'a mut SentAttend, Error> {
-        let (kv_heads, head_dim) = (at.shape.kv_heads, at.shape.head_dim);
         let same = |sent: &SentAttend| {
             sent.key == key
-                && sent.stream == stream
-                && (sent.kv_heads, sent.head_dim, sent.thread_blocks) == (kv_heads, head_dim, thread_blocks)
+                && (sent.kv_heads, sent.head_dim) == (at.shape.kv_heads, at.shape.head_dim)
+                && (self.shape.is_some() || sent.sent.1 == stream)
         };
-        if let Some(index) = sent.iter().position(same) {
-            return Ok(&mut sent[index]);
+        let index = match sent.iter().position(same) {
+            Some(index) => index,
+            None if recording => return Err(not_warm("attend")),
+            None => {
+                sent.push(self.new_attend(at, geometry, key, stream)?);
+                sent.len() - 1
+            }
+        };
+        let sent = &mut sent[index];
+        // What is recorded needs the addresses only: each replay sends its own arrays first.
+        if !recording {
+            self.send_attend(sent, stream)?;
         }
-        let arrays = AttendPlan::new(self.open.plan(), &self.pool.core().layout().rule, key);
-        let token = 2 * head_dim * 2;
-        let cost = Cost { record: at.config.layout().record_bytes as u64, token: token as u64 };
-        let shares = shares(&arrays, kv_heads, Grid::Resident(thread_blocks), cost);
-        let outputs = arrays.parts * kv_heads * arrays.columns * head_dim;
-        let bytes = 4 * (outputs + 2 * arrays.parts * kv_heads * arrays.columns);
-        let workspace = self.pool.workspaces().take(stream, arrays.counters * kv_heads, bytes)?;
-        let mut buffer = self.pool.buffers().take(&[arrays.items.len(), shares.len()])?;
-        let [items, shares] = buffer.send(stream, [&arrays.items, &shares])?;
-        sent.push(SentAttend {
+        Ok(sent)
+    }
+
+    /// Room on the device for an attention's arrays, and their sending.
+    fn new_attend(
+        &self,
+        at: &Layer,
+        geometry: &AttendGeometry,
+        key: AttendKey,
+        stream: Stream,
+    ) -> Result<SentAttend, Error> {
+        let rule = &self.pool.core().layout().rule;
+        let arrays = AttendPlan::new(self.open.plan(), rule, key);
+        let (kv_heads, head_dim, columns) = (at.shape.kv_heads, at.shape.head_dim, arrays.columns);
+        let kernel = self.pool.device().kernel(&geometry.name(&at.config), &[size_of::<AttendParams>()])?;
+        let resident = self.pool.resident(&kernel, geometry)?;
+        let most = self.shape.as_ref().map(|shape| shape.items(rule, key));
+        let (item_count, parts) = most.map_or((arrays.count(), arrays.parts), |most| (most, most));
+        let grid = if most.is_some() { Grid::Fixed(resident) } else { Grid::Resident(resident) };
+        let cost = Cost { record: at.config.layout().record_bytes as u64, token: 4 * head_dim as u64 };
+        let shares = shares(&arrays, kv_heads, grid, cost);
+        let bytes = 4 * parts * kv_heads * columns * (head_dim + 2);
+        let counters = arrays.counters * kv_heads;
+        let workspace = match self.shape {
+            None => self.pool.workspaces().take(stream, counters, bytes)?,
+            Some(_) => Workspace::own(self.pool.device(), counters, bytes)?,
+        };
+        let mut buffer = self.pool.buffers().take(&[item_count * ITEM_WORDS, shares.len()])?;
+        let [items, shares] = self.send_work(&mut buffer, &arrays, &shares, item_count, stream)?;
+        let sent = (self.open.plan().id, stream);
+        Ok(SentAttend {
             key,
             kv_heads,
             head_dim,
-            thread_blocks,
+            kernel,
+            grid,
+            cost,
+            sent,
             buffer,
-            stream,
             items,
             shares,
-            columns: arrays.columns,
-            outputs,
+            item_count,
+            columns,
+            parts,
             workspace,
-        });
-        Ok(sent.last_mut().expect("pushed above"))
+        })
     }
 
-    /// Decodes the tokens from `first` on, of the sequence at `index` of the batch in one layer, to `k` and `v`,
-    /// `[count, kv_heads, head_dim]`, in one launch on `stream`; what is stored is what [`Step::attend`] sees,
-    /// [`OpenStep::stored`] tokens.
+    /// Sends this step's arrays to the room of others, unless they are there.
+    fn send_attend(&self, sent: &mut SentAttend, stream: Stream) -> Result<(), Error> {
+        let now = (self.open.plan().id, stream);
+        if sent.sent != now {
+            let arrays = AttendPlan::new(self.open.plan(), &self.pool.core().layout().rule, sent.key);
+            let shares = shares(&arrays, sent.kv_heads, sent.grid, sent.cost);
+            self.send_work(&mut sent.buffer, &arrays, &shares, sent.item_count, stream)?;
+            sent.sent = now;
+        }
+        sent.buffer.read_by(stream)?;
+        sent.buffer.verify(stream)
+    }
+
+    fn send_work(
+        &self,
+        buffer: &mut StepBuffer,
+        arrays: &AttendPlan,
+        shares: &[i32],
+        room: usize,
+        stream: Stream,
+    ) -> Result<[Words; 2], Error> {
+        if arrays.count() > room {
+            let fix = "make static arrays for longer sequences, or plan the step without";
+            return Err(Error::TooLarge { what: "items of attention", got: arrays.count(), most: room, fix });
+        }
+        if self.pool.checks() {
+            check::items(&arrays.items, self.pool.core().layout())?;
+        }
+        let items = Array::new("items", &arrays.items).with_room(room * ITEM_WORDS);
+        buffer.send(stream, [items, Array::new("shares", shares)])
+    }
+
+    /// Decodes tokens from `first` on, of the sequence at `index` of the batch in one layer, to `k` and `v`,
+    /// `[count, kv_heads, head_dim]`; what is stored is what [`Step::attend`] sees, [`OpenStep::stored`] tokens.
     #[allow(clippy::too_many_arguments)] // one call, one launch
     pub fn expand(
         &self,
@@ -303,7 +445,15 @@ impl Step {
                 sent.push((index, appended, self.pool.send_tables(view, stream)?));
                 sent.len() - 1
             };
-            self.pool.launch_expand(at, &mut sent[found].2, tokens, rotated, k, v)
+            self.pool.launch_expand(at, layer, &mut sent[found].2, tokens, rotated, k, v)
         })
+    }
+}
+
+fn not_warm(what: &'static str) -> Error {
+    Error::Capturing {
+        what,
+        expected: "a call of the same kind before, which allocates what the graph needs",
+        fix: "run the step's calls once without a capture, with a step of the same static arrays",
     }
 }

@@ -6,7 +6,8 @@ use cudarc::driver::sys::CUstream;
 
 /// A stream that somebody else made, as torch does; never created, destroyed or waited for here.
 ///
-/// It belongs to the primary context of the device it is used with, and outlives the steps it is used in.
+/// It belongs to the primary context of the device it is used with, and outlives the steps it is used in. The per-thread
+/// default stream is none: its handle means another stream on each thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stream(usize);
 

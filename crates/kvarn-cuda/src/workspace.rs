@@ -25,7 +25,7 @@ impl Workspaces {
     }
 
     /// A workspace of a stream for so many counters and bytes of partial results. Allocates when more is needed than ever
-    /// before: take the largest before a graph is captured, and keep it as long as the graph.
+    /// before.
     pub(crate) fn take(&self, stream: Stream, counters: usize, bytes: usize) -> Result<Workspace, Error> {
         let mut by_stream = self.by_stream.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = by_stream.get(&stream)
@@ -35,15 +35,22 @@ impl Workspaces {
             return Ok(found.clone());
         }
         let counters = counters.next_power_of_two().max(1_024);
-        let bytes = (counters * 4 + bytes).next_power_of_two();
-        let memory = DeviceMemory::allocate(self.device, bytes, "attention workspace")?;
-        let made = Workspace { memory, counters };
+        let made = Workspace::new(self.device, counters, (counters * 4 + bytes).next_power_of_two())?;
         by_stream.insert(stream, made.clone());
         Ok(made)
     }
 }
 
 impl Workspace {
+    /// A workspace that nobody else uses, for so many counters and bytes of partial results.
+    pub(crate) fn own(device: &'static Device, counters: usize, bytes: usize) -> Result<Self, Error> {
+        Self::new(device, counters, counters * 4 + bytes)
+    }
+
+    fn new(device: &'static Device, counters: usize, bytes: usize) -> Result<Self, Error> {
+        Ok(Self { memory: DeviceMemory::allocate(device, bytes, "attention workspace")?, counters })
+    }
+
     /// Address of the counters.
     pub(crate) fn counters(&self) -> u64 {
         self.memory.address()

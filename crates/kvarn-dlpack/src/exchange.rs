@@ -42,12 +42,15 @@ pub struct ExchangeApi {
     pub current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> i32>,
 }
 
-/// The borrowing function of a table.
+/// The functions of a table that borrow a tensor and name a stream.
 #[derive(Clone, Copy, Debug)]
-pub struct Borrow(unsafe extern "C" fn(*mut c_void, *mut Tensor) -> i32);
+pub struct Exchange {
+    borrow: unsafe extern "C" fn(*mut c_void, *mut Tensor) -> i32,
+    current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> i32>,
+}
 
-impl Borrow {
-    /// Finds the function in `table` or the older tables behind it; `None` if there is none of our major version.
+impl Exchange {
+    /// Finds the functions in `table` or the older tables behind it; `None` if none of our major version borrows.
     ///
     /// # Safety
     /// `table` is what a capsule named [`CAPSULE_NAME`] holds.
@@ -58,7 +61,8 @@ impl Borrow {
             let Header { version, previous } = unsafe { &*header };
             if version.major == VERSION.major {
                 // SAFETY: a table of our major version has our layout up to `current_stream`.
-                return unsafe { (*header.cast::<ExchangeApi>()).borrow }.map(Self);
+                let table = unsafe { &*header.cast::<ExchangeApi>() };
+                return table.borrow.map(|borrow| Self { borrow, current_stream: table.current_stream });
             }
             header = *previous;
         }
@@ -70,7 +74,7 @@ impl Borrow {
     /// # Safety
     /// The caller holds the Python interpreter; `object` is a `PyObject *` of the type that the table was found on. What
     /// comes back lives as long as `object` is alive and not resized.
-    pub unsafe fn call(self, object: NonNull<c_void>) -> Option<Tensor> {
+    pub unsafe fn borrow(self, object: NonNull<c_void>) -> Option<Tensor> {
         let mut tensor = Tensor {
             data: std::ptr::null_mut(),
             device: Device::CPU,
@@ -81,7 +85,19 @@ impl Borrow {
             byte_offset: 0,
         };
         // SAFETY: the caller's promise; `tensor` is ours.
-        (unsafe { (self.0)(object.as_ptr(), &raw mut tensor) } == 0).then_some(tensor)
+        (unsafe { (self.borrow)(object.as_ptr(), &raw mut tensor) } == 0).then_some(tensor)
+    }
+
+    /// The stream that the array library gives its work of `device` to, on this thread. `None`: the library names none, or has
+    /// set a Python exception.
+    ///
+    /// # Safety
+    /// The caller holds the Python interpreter.
+    pub unsafe fn current_stream(self, device: Device) -> Option<*mut c_void> {
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: the caller's promise; `stream` is writable.
+        let answer = unsafe { (self.current_stream?)(device.device_type, device.device_id, &raw mut stream) };
+        (answer == 0).then_some(stream)
     }
 }
 
@@ -106,7 +122,7 @@ mod tests {
         if object == NonNull::dangling().as_ptr() {
             return -1;
         }
-        // SAFETY: `Borrow::call` passes a valid tensor.
+        // SAFETY: `Exchange::borrow` passes a valid tensor.
         unsafe { (*tensor).data = object };
         0
     }
@@ -128,15 +144,36 @@ mod tests {
         let new = table(2, &raw const old.header);
         let lone = table(2, std::ptr::null());
         // SAFETY: tables as a capsule would hold them.
-        let (found, none) =
-            unsafe { (Borrow::find(NonNull::from(&new).cast()), Borrow::find(NonNull::from(&lone).cast())) };
+        let (found, none) = unsafe {
+            (Exchange::find(NonNull::from(&new).cast()), Exchange::find(NonNull::from(&lone).cast()))
+        };
         assert!(none.is_none());
         let mut memory = 0u8;
         let object = NonNull::from(&mut memory).cast();
         // SAFETY: the function above only stores the pointer.
-        let tensor = unsafe { found.unwrap().call(object) }.unwrap();
+        let tensor = unsafe { found.unwrap().borrow(object) }.unwrap();
         assert_eq!(tensor.data, object.as_ptr());
         // SAFETY: as above; the dangling pointer is not read.
-        assert!(unsafe { found.unwrap().call(NonNull::dangling()) }.is_none());
+        assert!(unsafe { found.unwrap().borrow(NonNull::dangling()) }.is_none());
+    }
+    unsafe extern "C" fn stream(kind: i32, index: i32, stream: *mut *mut c_void) -> i32 {
+        // SAFETY: `Exchange::current_stream` passes a valid place.
+        unsafe { *stream = std::ptr::without_provenance_mut((100 * kind + index) as usize) };
+        if index == 9 { -1 } else { 0 }
+    }
+
+    #[test]
+    fn the_stream_of_a_device_is_asked_for() {
+        let with = ExchangeApi { current_stream: Some(stream), ..table(1, std::ptr::null()) };
+        let without = table(1, std::ptr::null());
+        let asked = |table: &ExchangeApi, index| {
+            // SAFETY: a table as a capsule would hold it, whose functions need no interpreter.
+            let stream = unsafe {
+                Exchange::find(NonNull::from(table).cast()).unwrap().current_stream(Device::cuda(index))
+            };
+            stream.map(<*mut c_void>::addr)
+        };
+        assert_eq!(asked(&with, 3), Some(203));
+        assert_eq!((asked(&with, 9), asked(&without, 3)), (None, None));
     }
 }

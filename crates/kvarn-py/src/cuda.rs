@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use kvarn::codec::SlotType;
 use kvarn::pool::AttendOptions;
-use kvarn_cuda::Stream;
+use kvarn_cuda::{PoolOptions, Stream};
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
 
-use crate::arguments::natural;
+use crate::arguments::{natural, naturals};
 use crate::config::Config;
 use crate::error::{Class, detached};
 use crate::memory::Memory;
@@ -23,8 +23,9 @@ pub(crate) struct CudaPool(Arc<kvarn_cuda::Pool>);
 
 #[pymethods]
 impl CudaPool {
-    /// Reserves memory for layers of `(kv_heads, head_dim)` on the device with index `device`.
+    /// Reserves memory for layers of `(kv_heads, head_dim)` on the device with index `device`, or uses `memory`.
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn new(
         py: Python<'_>,
         config: &Config,
@@ -33,6 +34,8 @@ impl CudaPool {
         slots: i64,
         float32: bool,
         device: i64,
+        memory: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
+        check: bool,
     ) -> PyResult<Self> {
         let config = config.0;
         let layers = pool_core::layer_shapes(py, layers)?;
@@ -40,7 +43,29 @@ impl CudaPool {
         let (pages, slots, device) =
             (number("pages", pages)?, number("slots", slots)?, number("device", device)?);
         let slot_type = if float32 { SlotType::Float32 } else { SlotType::Float16 };
-        detached(py, || kvarn_cuda::Pool::new(config, &layers, pages, slots, slot_type, device)).map(Self)
+        let memory = memory
+            .map(|(pages, slots)| {
+                let pages = Lent::on_device("memory for pages", &pages, device)?;
+                let slots = Lent::on_device("memory for slots", &slots, device)?;
+                Ok::<_, PyErr>((
+                    pages.device_memory(ElementType::UInt8)?,
+                    slots.device_memory(ElementType::Float16)?,
+                ))
+            })
+            .transpose()?;
+        let options = PoolOptions { memory, check };
+        // SAFETY: the lender's promise, kept as long as the owners live, which the pool keeps; writing to memory that was lent
+        // is documented as the caller's race.
+        let make =
+            || unsafe { kvarn_cuda::Pool::new(config, &layers, pages, slots, slot_type, device, options) };
+        detached(py, make).map(Self)
+    }
+
+    /// Arrays whose addresses stay, for steps of these counts and sequences of at most `tokens` tokens.
+    fn static_arrays(&self, py: Python<'_>, counts: Vec<i64>, tokens: i64) -> PyResult<StaticArrays> {
+        let (counts, tokens) =
+            (naturals(py, "count", &counts)?, natural(py, Class::Shape, "tokens", tokens)?);
+        detached(py, || kvarn_cuda::StaticArrays::new(&self.0, &counts, tokens)).map(StaticArrays)
     }
 
     /// A new, empty sequence.
@@ -65,13 +90,14 @@ impl CudaPool {
         sequences: Vec<Bound<'_, Sequence>>,
         counts: Vec<i64>,
         hold: Vec<i64>,
+        arrays: Option<&Bound<'_, StaticArrays>>,
     ) -> PyResult<CudaStep> {
         let (ids, counts, hold) = pool_core::batch(py, &sequences, &counts, &hold)?;
-        detached(py, || self.0.step(&ids, &counts, &hold)).map(CudaStep)
+        let arrays = arrays.map(|arrays| &*arrays.get().0);
+        detached(py, || self.0.step(&ids, &counts, &hold, arrays)).map(CudaStep)
     }
 
-    /// Decodes the tokens of a sequence from `first` on, in one layer, to `k` and `v`, `[count, kv_heads, head_dim]`, on
-    /// `stream`.
+    /// Decodes the tokens of a sequence from `first` on, in one layer, to `k` and `v`, `[count, kv_heads, head_dim]`.
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn expand(
         &self,
@@ -82,15 +108,15 @@ impl CudaPool {
         v: &Bound<'_, PyAny>,
         first: i64,
         rotated: bool,
-        stream: usize,
     ) -> PyResult<()> {
         let id = sequence.get().id;
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let first = natural(py, Class::Shape, "first", first)?;
         let device = self.0.device().index();
         let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
+        let stream = k.stream()?;
         let (k, v) = (k.device_tensor(EXPANDED, true)?, v.device_tensor(EXPANDED, true)?);
-        detached(py, || self.0.expand(id, layer, first, rotated, &k, &v, Stream::from_address(stream)))
+        detached(py, || self.0.expand(id, layer, first, rotated, &k, &v, stream))
     }
 
     /// Usage. Waits for the device.
@@ -129,13 +155,17 @@ impl CudaPool {
     }
 }
 
+/// Arrays whose addresses stay; see `kvarn.StaticArrays`.
+#[pyclass(module = "kvarn._kvarn", frozen)]
+pub(crate) struct StaticArrays(Arc<kvarn_cuda::StaticArrays>);
+
 /// One forward pass of a batch on a device; see `kvarn.Step`. Dropped without `finish`, it is abandoned.
 #[pyclass(module = "kvarn._kvarn", frozen)]
 pub(crate) struct CudaStep(kvarn_cuda::Step);
 
 #[pymethods]
 impl CudaStep {
-    /// Stores K and V of one layer, on `stream`.
+    /// Stores K and V of one layer.
     fn append(
         &self,
         py: Python<'_>,
@@ -143,17 +173,17 @@ impl CudaStep {
         k: &Bound<'_, PyAny>,
         v: &Bound<'_, PyAny>,
         rotated: bool,
-        stream: usize,
     ) -> PyResult<()> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let device = self.device();
         let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
+        let stream = k.stream()?;
         let (k, v) = (k.device_tensor(KEYS, false)?, v.device_tensor(KEYS, false)?);
-        detached(py, || self.0.append(layer, &k, &v, rotated, Stream::from_address(stream)))
+        detached(py, || self.0.append(layer, &k, &v, rotated, stream))
     }
 
-    /// Attention of `q` over what is stored, to `out`, and `lse` if given, on `stream`; without the rows of sequences that
-    /// have more than `most_columns` query columns.
+    /// Attention of `q` over what is stored, to `out`, and `lse` if given; without the rows of sequences that have more than
+    /// `most_columns` query columns.
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn attend(
         &self,
@@ -168,19 +198,18 @@ impl CudaStep {
         sink_logits: Option<&Bound<'_, PyAny>>,
         rotated: bool,
         most_columns: usize,
-        stream: usize,
     ) -> PyResult<()> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let window = window.map(|window| natural(py, Class::Shape, "window", window)).transpose()?;
         let device = self.device();
         let (q, out) = (Lent::on_device("q", q, device)?, Lent::on_device("out", out, device)?);
+        let stream = q.stream()?;
         let (q, out) = (q.device_tensor(QUERIES, false)?, out.device_tensor(QUERIES, true)?);
         let floats = |name, object: Option<&Bound<'_, PyAny>>| {
             object.map(|object| Lent::on_device(name, object, device)?.device_floats()).transpose()
         };
         let (lse, sink_logits) = (floats("lse", lse)?, floats("sink_logits", sink_logits)?);
         let options = AttendOptions { scale, window, softcap, rotated };
-        let stream = Stream::from_address(stream);
         // SAFETY: torch keeps the memory of a tensor until work given to its stream has run.
         detached(py, || unsafe {
             self.0.attend(layer, &q, &options, sink_logits, &out, lse, most_columns, stream)
@@ -204,15 +233,28 @@ impl CudaStep {
         v: &Bound<'_, PyAny>,
         first: i64,
         rotated: bool,
-        stream: usize,
     ) -> PyResult<()> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let index = natural(py, Class::Shape, "index", index)?;
         let first = natural(py, Class::Shape, "first", first)?;
         let device = self.device();
         let (k, v) = (Lent::on_device("k", k, device)?, Lent::on_device("v", v, device)?);
+        let stream = k.stream()?;
         let (k, v) = (k.device_tensor(EXPANDED, true)?, v.device_tensor(EXPANDED, true)?);
-        detached(py, || self.0.expand(layer, index, first, rotated, &k, &v, Stream::from_address(stream)))
+        detached(py, || self.0.expand(layer, index, first, rotated, &k, &v, stream))
+    }
+
+    /// Sends the step's arrays to where a captured graph reads them, for work given to `stream` next.
+    fn send(&self, py: Python<'_>, stream: usize) -> PyResult<()> {
+        detached(py, || self.0.send(Stream::from_address(stream)))
+    }
+
+    /// The graph was given to the stream: every layer counts as appended to.
+    fn replayed(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.replayed();
+            Ok::<_, kvarn_cuda::Error>(())
+        })
     }
 
     /// Makes the step the state of its sequences.

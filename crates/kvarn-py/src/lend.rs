@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
 
 use kvarn_dlpack::abi::{Device, ManagedTensor, ManagedTensorVersioned, Tensor};
-use kvarn_dlpack::exchange::{Borrow, CAPSULE_NAME};
+use kvarn_dlpack::exchange::{CAPSULE_NAME, Exchange};
 use kvarn_dlpack::{Error, OwnedTensor};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -16,35 +16,35 @@ use crate::memory::{LEGACY, VERSIONED};
 
 /// A lent tensor.
 pub(crate) enum Loan {
-    /// Lives as long as the object.
-    Borrowed(Tensor),
+    /// Lives as long as the object; and the functions of its library.
+    Borrowed(Tensor, Exchange),
     /// Has its own life.
     Owned(OwnedTensor),
 }
 
 /// Borrows the argument `name`.
 pub(crate) fn lend(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Loan> {
-    let Some(borrow) = borrow_function(object)? else {
+    let Some(exchange) = exchange(object)? else {
         return export(name, object).map(Loan::Owned);
     };
     refuse_autograd(name, object)?;
     let pointer = NonNull::new(object.as_ptr().cast::<c_void>());
     // SAFETY: we are attached, and the function was found on the type of `object`.
-    match pointer.and_then(|pointer| unsafe { borrow.call(pointer) }) {
-        Some(tensor) => Ok(Loan::Borrowed(tensor)),
+    match pointer.and_then(|pointer| unsafe { exchange.borrow(pointer) }) {
+        Some(tensor) => Ok(Loan::Borrowed(tensor, exchange)),
         None => Err(refused(name, object, PyErr::fetch(object.py()))),
     }
 }
 
-/// The borrowing function of the type of `object`, if it has one.
-fn borrow_function(object: &Bound<'_, PyAny>) -> PyResult<Option<Borrow>> {
+/// The functions of the type of `object`, if it has them.
+fn exchange(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
     let attribute = object.get_type().getattr_opt(intern!(object.py(), "__dlpack_c_exchange_api__"))?;
     let Some(capsule) = attribute.and_then(|attribute| attribute.cast_into::<PyCapsule>().ok()) else {
         return Ok(None);
     };
     Ok(pointer(&capsule, CAPSULE_NAME).and_then(|table| {
         // SAFETY: the capsule has the name that the standard gives to a table.
-        unsafe { Borrow::find(table) }
+        unsafe { Exchange::find(table) }
     }))
 }
 

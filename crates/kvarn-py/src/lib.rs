@@ -29,7 +29,7 @@ mod _kvarn {
     #[pymodule_export]
     use crate::config::{Config, presets};
     #[pymodule_export]
-    use crate::cuda::{CudaPool, CudaStep, warmup};
+    use crate::cuda::{CudaPool, CudaStep, StaticArrays, warmup};
     #[pymodule_export]
     use crate::memory::Memory;
     #[pymodule_export]

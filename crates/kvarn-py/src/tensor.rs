@@ -2,7 +2,7 @@
 
 use kvarn::DType;
 use kvarn_cpu::{TensorMut, TensorRef};
-use kvarn_cuda::DeviceTensor;
+use kvarn_cuda::{Borrowed, DeviceTensor, Stream};
 use kvarn_dlpack::abi::Device;
 use kvarn_dlpack::{BorrowedTensor, ElementType, Error};
 use pyo3::prelude::*;
@@ -39,6 +39,35 @@ impl<'py> Lent<'py> {
         Ok(Self { name, object: object.clone(), loan, device })
     }
 
+    /// The stream that the tensor's library gives work of its device to.
+    pub(crate) fn stream(&self) -> PyResult<Stream> {
+        let py = self.object.py();
+        let stream = match &self.loan {
+            // SAFETY: `object` is of this interpreter, which is attached.
+            Loan::Borrowed(_, exchange) => unsafe { exchange.current_stream(self.device) },
+            Loan::Owned(_) => None,
+        };
+        stream.map(Stream::from_raw).ok_or_else(|| {
+            let error = self.error(
+                Class::Device,
+                ": its library names no stream: expected torch 2.10 or newer; update it",
+            );
+            error.set_cause(py, PyErr::take(py));
+            error
+        })
+    }
+
+    /// Memory of a device that a pool may use as its own, of one element type.
+    pub(crate) fn device_memory(&self, right: ElementType) -> PyResult<Borrowed> {
+        let view = self.view(|element| element == right, &right.data_type().to_string())?;
+        self.check_output(&view)?;
+        Ok(Borrowed {
+            address: view.data().expose_provenance() as u64,
+            bytes: view.len() * right.bytes(),
+            owner: Box::new(self.object.clone().unbind()),
+        })
+    }
+
     /// A floating-point tensor of a device, to read or, if `output`, to write.
     pub(crate) fn device_tensor(&self, dimensions: &str, output: bool) -> PyResult<DeviceTensor> {
         let (view, dtype, shape, strides) = self.floats(dimensions)?;
@@ -62,9 +91,11 @@ impl<'py> Lent<'py> {
     fn view(&self, right: impl Fn(ElementType) -> bool, expected: &str) -> PyResult<BorrowedTensor<'_>> {
         let view = match (&self.loan, self.device) {
             // SAFETY: filled in by the producer for `object`, which `self` keeps alive.
-            (Loan::Borrowed(tensor), Device::CPU) => unsafe { BorrowedTensor::from_raw(tensor, false) },
+            (Loan::Borrowed(tensor, _), Device::CPU) => unsafe { BorrowedTensor::from_raw(tensor, false) },
             // SAFETY: as above; only the address is used.
-            (Loan::Borrowed(tensor), device) => unsafe { BorrowedTensor::from_raw_on(device, tensor, false) },
+            (Loan::Borrowed(tensor, _), device) => unsafe {
+                BorrowedTensor::from_raw_on(device, tensor, false)
+            },
             (Loan::Owned(tensor), _) => tensor.view(),
         };
         let wrong_type = |data_type| {

@@ -62,9 +62,10 @@ impl Device {
             }
             return;
         }
-        for held in retired.drain(..) {
-            held.free();
-        }
+        // An owner may do anything when it goes, so the list is not locked meanwhile.
+        let free = mem::take(&mut *retired);
+        drop(retired);
+        free.into_iter().for_each(Held::free);
     }
 
     /// Writes zeros, and waits for them.

@@ -8,21 +8,22 @@ use cudarc::driver::sys;
 
 use super::IMAGES;
 use crate::{
-    Device, DeviceMemory, Error, ErrorKind, MemoryView, StepBuffers, Stream, Unavailable, launch, probe,
+    Array, Device, DeviceMemory, Error, ErrorKind, MemoryView, StepBuffers, Stream, Unavailable, launch,
+    probe,
 };
 
-const MIB: usize = 1 << 20;
-const STREAM: Stream = Stream::from_address(0x51);
-const OTHER: Stream = Stream::from_address(0x52);
+pub(super) const MIB: usize = 1 << 20;
+pub(super) const STREAM: Stream = Stream::from_address(0x51);
+pub(super) const OTHER: Stream = Stream::from_address(0x52);
 /// The double takes this one for a stream that records.
-const CAPTURING: Stream = Stream::from_address(0xca);
+pub(super) const CAPTURING: Stream = Stream::from_address(0xca);
 
-fn device() -> &'static Device {
+pub(super) fn device() -> &'static Device {
     Device::open_with(0, &IMAGES).unwrap()
 }
 
 /// A number from the double's books.
-fn books(name: &str) -> u64 {
+pub(super) fn books(name: &str) -> u64 {
     // SAFETY: the double, loaded before.
     unsafe {
         let library = libloading::Library::new("libcuda.so.1").unwrap();
@@ -30,11 +31,11 @@ fn books(name: &str) -> u64 {
     }
 }
 
-fn alive() -> u64 {
+pub(super) fn alive() -> u64 {
     books("double_alive")
 }
 
-fn read(address: u64, count: usize) -> Vec<i32> {
+pub(super) fn read(address: u64, count: usize) -> Vec<i32> {
     let mut words = vec![0; count];
     // SAFETY: as many words lie at both places.
     let result = unsafe { sys::cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), address, count * 4) };
@@ -159,7 +160,7 @@ fn memory_outlives_a_capture() {
 }
 
 /// Says when it goes.
-struct Owner(Arc<AtomicBool>);
+pub(super) struct Owner(pub Arc<AtomicBool>);
 
 impl Drop for Owner {
     fn drop(&mut self) {
@@ -210,28 +211,33 @@ fn views_are_provided() {
 fn step_arrays() {
     let device = device();
     let before = alive();
-    let buffers = StepBuffers::new(device);
+    let buffers = StepBuffers::new(device, false);
     let mut buffer = buffers.take(&[5, 3]).unwrap();
     let made = alive();
     let mut address = 0;
     // More often than there are stages.
     for round in 0..10 {
-        let [a, b] = buffer.send(STREAM, [&[round, 2, 3, 4, 5], &[-1, round]]).unwrap();
+        let (five, two) = ([round, 2, 3, 4, 5], [-1, round]);
+        let [a, b] = buffer.send(STREAM, [Array::new("a", &five), Array::new("b", &two)]).unwrap();
         assert_eq!((a.count, b.count, b.address - a.address), (5, 2, 32));
         assert_eq!(a.address % 16, 0);
         assert!(round == 0 || a.address == address);
         address = a.address;
         assert_eq!(read(a.address, 5), [round, 2, 3, 4, 5]);
         assert_eq!(read(b.address, 2), [-1, round]);
-        buffer.done(STREAM).unwrap();
-        buffer.done(OTHER).unwrap();
+        buffer.read_by(STREAM).unwrap();
+        buffer.read_by(OTHER).unwrap();
     }
-    let error = buffer.send(STREAM, [&[0; 17]]).unwrap_err();
+    let error = buffer.send(STREAM, [Array::new("a", &[0; 17])]).unwrap_err();
     assert!(error.to_string().starts_with("80 bytes of step arrays: expected at most 64"), "{error}");
-    let error = buffer.send(CAPTURING, [&[0]]).unwrap_err();
-    assert!(error.to_string().contains("is being captured"), "{error}");
+    let error = buffer.send(CAPTURING, [Array::new("a", &[0])]).unwrap_err();
+    assert!(error.to_string().starts_with("sending a step's arrays during a capture"), "{error}");
     assert_eq!(error.kind(), ErrorKind::Cuda);
-    buffer.done(CAPTURING).unwrap();
+
+    // Room that is not used keeps the arrays behind it in place, and is not written.
+    let [a, b] = buffer.send(STREAM, [Array::new("a", &[7]).with_room(5), Array::new("b", &[8])]).unwrap();
+    let words = read(a.address, 9);
+    assert_eq!((b.address - a.address, words[0], words[4], words[8]), (32, 7, 5, 8));
 
     // Two steps open at a time, then the same buffers again, then one that is too small replaced.
     drop(buffer);
@@ -252,7 +258,7 @@ fn step_arrays() {
 fn step_buffers_fail() {
     let device = device();
     let before = alive();
-    let buffers = StepBuffers::new(device);
+    let buffers = StepBuffers::new(device, false);
     buffers.take(&[8]).unwrap_err();
     assert_eq!((alive(), books("double_taken")), (before, 0));
     buffers.take(&[8]).unwrap();

@@ -23,10 +23,28 @@ fn double() -> &'static Path {
     })
 }
 
+/// Kernels of the pools that the cases make, as the double wants them.
+fn kernels() -> String {
+    let append = size_of::<crate::params::AppendParams>();
+    let (expand, attend) =
+        (size_of::<crate::params::ExpandParams>(), size_of::<crate::params::AttendParams>());
+    format!(
+        "kvarn_append_d64_g64={append},kvarn_expand_d64_g64={expand},kvarn_attend_d64_g64_k4v2_n1={attend}"
+    )
+}
+
+/// Runs a case of `steps`, whose pools need kernels.
+fn run_steps(case: &str, variables: &[(&str, &str)]) {
+    let kernels = kernels();
+    let mut all = vec![("DOUBLE_KERNELS", kernels.as_str())];
+    all.extend(variables);
+    run_in(double(), "steps", case, &all);
+}
+
 /// Runs a case in a process that finds the library in `folder`.
-fn run_in(folder: &Path, case: &str, variables: &[(&str, &str)]) {
+fn run_in(folder: &Path, module: &str, case: &str, variables: &[(&str, &str)]) {
     let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", &format!("tests::cases::{case}"), "--ignored", "--nocapture"])
+        .args(["--exact", &format!("tests::{module}::{case}"), "--ignored", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder)
         .envs(variables.iter().copied())
         .output()
@@ -36,7 +54,7 @@ fn run_in(folder: &Path, case: &str, variables: &[(&str, &str)]) {
 }
 
 fn run(case: &str, variables: &[(&str, &str)]) {
-    run_in(double(), case, variables);
+    run_in(double(), "cases", case, variables);
 }
 
 /// Expects the text of the error of `Device::open(DEVICE)`.
@@ -51,7 +69,7 @@ fn a_library_that_is_none_is_no_driver() {
     let folder = Path::new(env!("OUT_DIR")).join("no_driver");
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("libcuda.so.1"), "no library").unwrap();
-    run_in(&folder, "no_driver", &[]);
+    run_in(&folder, "cases", "no_driver", &[]);
 }
 
 #[test]
@@ -159,4 +177,59 @@ fn a_lost_device_is_told_once_with_the_kernel() {
 #[test]
 fn a_forked_process_is_refused() {
     run("forked", &[]);
+}
+
+#[test]
+fn a_layer_takes_few_driver_calls() {
+    run_steps("few_driver_calls", &[]);
+}
+
+#[test]
+fn arrays_are_sent_again_for_another_stream() {
+    run_steps("two_streams", &[]);
+}
+
+#[test]
+fn a_captured_step_serves_later_ones() {
+    run_steps("captured_step", &[]);
+}
+
+#[test]
+fn what_cannot_be_captured_is_told_before_a_launch() {
+    run_steps("capture_refused", &[]);
+}
+
+#[test]
+fn static_arrays_are_used_by_one_step_at_a_time() {
+    run_steps("static_arrays_refused", &[]);
+}
+
+#[test]
+fn a_pool_lives_in_borrowed_memory() {
+    run_steps("borrowed_pool", &[]);
+}
+
+#[test]
+fn overwritten_arrays_are_told() {
+    run_steps("checked_pool", &[]);
+}
+
+#[test]
+fn a_step_without_memory_changes_nothing() {
+    run_steps("step_without_memory", &[("DOUBLE_MEMORY", "16777216")]);
+}
+
+#[test]
+fn a_pool_that_cannot_be_made_leaves_nothing() {
+    run_steps("pool_without_memory", &[("DOUBLE_FAIL", "cuMemAlloc_v2:1:2")]);
+}
+
+#[test]
+fn an_attention_without_workspace_can_be_tried_again() {
+    run_steps("attend_without_memory", &[("DOUBLE_FAIL", "cuMemAlloc_v2:3:2")]);
+}
+
+#[test]
+fn a_lost_device_is_told_with_the_pools_kernel() {
+    run_steps("lost_in_a_step", &[("DOUBLE_FAIL", "cuLaunchKernel:2:700")]);
 }

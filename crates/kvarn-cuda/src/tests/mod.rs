@@ -3,6 +3,7 @@
 mod cases;
 mod double;
 mod on_device;
+mod steps;
 
 use crate::image::{Image, Images};
 use crate::{Architecture, Version};

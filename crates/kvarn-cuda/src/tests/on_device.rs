@@ -9,7 +9,7 @@ use std::thread;
 use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode};
 
 use super::IMAGES;
-use crate::{Device, DeviceMemory, Error, ErrorKind, StepBuffers, Stream, launch};
+use crate::{Array, Device, DeviceMemory, Error, ErrorKind, StepBuffers, Stream, launch};
 
 const MIB: usize = 1 << 20;
 
@@ -138,7 +138,7 @@ fn borrowed_memory_is_known_to_the_driver() {
 #[ignore = "needs a CUDA device"]
 fn step_arrays_arrive_on_any_stream_and_thread() {
     let device = device();
-    let buffers = StepBuffers::new(device);
+    let buffers = StepBuffers::new(device, false);
     let mut buffer = buffers.take(&[1000, 10]).unwrap();
     let copy = DeviceMemory::allocate(device, 100 * 4, "slots").unwrap();
     let streams = [stream(), stream()];
@@ -147,14 +147,15 @@ fn step_arrays_arrive_on_any_stream_and_thread() {
             for round in 0..100 {
                 let stream = streams[round % 2];
                 let array = vec![round as i32; 1000];
-                let [words, _] = buffer.send(stream, [&array, &[1; 10]]).unwrap();
+                let arrays = [Array::new("rounds", &array), Array::new("ones", &[1; 10])];
+                let [words, _] = buffer.send(stream, arrays).unwrap();
+                buffer.read_by(stream).unwrap();
                 {
                     let _current = device.enter().unwrap();
                     let to = copy.address() + 4 * round as u64;
                     // SAFETY: one word at both places.
                     done(unsafe { sys::cuMemcpyDtoDAsync_v2(to, words.address + 3996, 4, stream.raw()) });
                 }
-                buffer.done(stream).unwrap();
             }
         });
     });
@@ -169,7 +170,7 @@ fn step_arrays_arrive_on_any_stream_and_thread() {
 fn a_captured_launch_runs_at_each_replay() {
     let device = device();
     let memory = DeviceMemory::allocate(device, MIB, "slots").unwrap();
-    let mut buffer = StepBuffers::new(device).take(&[4]).unwrap();
+    let mut buffer = StepBuffers::new(device, false).take(&[4]).unwrap();
     let stream = stream();
     let mut graph = ptr::null_mut();
     {
@@ -179,9 +180,8 @@ fn a_captured_launch_runs_at_each_replay() {
             sys::cuStreamBeginCapture_v2(stream.raw(), CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL)
         });
         fill(stream, memory.address(), 5, 1000).unwrap();
-        let error = buffer.send(stream, [&[1]]).unwrap_err();
+        let error = buffer.send(stream, [Array::new("one", &[1])]).unwrap_err();
         assert!(matches!(error, Error::Capturing { .. }), "{error}");
-        buffer.done(stream).unwrap();
         // None of this may spoil the capture.
         let other = DeviceMemory::reserve(device, MIB, "pages").unwrap();
         other.ensure(0..MIB).unwrap();

@@ -1,6 +1,8 @@
 //! A double of the driver's library, compiled by the tests: devices of made-up size and version whose memory is the
 //! host's, streams that do their work at once, and books about what is alive.
 //!
+//! Kernels are `kvarn_test_fill` and those of `DOUBLE_KERNELS` ("name=bytes,name=bytes": one parameter of that many bytes).
+//!
 //! Variables: `DOUBLE_VERSION` (13000), `DOUBLE_INIT` (0), `DOUBLE_DEVICES` (1), `DOUBLE_CAPABILITY` (90),
 //! `DOUBLE_MEMORY` (bytes, 1 GiB), `DOUBLE_MAPPING` (1), `DOUBLE_CAPTURING` (0: no stream records), `DOUBLE_FAIL`
 //! ("call:n:code": the n-th call of that name gives that code; from an illegal address, 700, every call does).
@@ -8,8 +10,8 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CStr, c_char, c_void};
-use std::sync::{Mutex, MutexGuard};
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 const CHUNK: usize = 2 << 20;
 const INVALID: u32 = 1;
@@ -31,8 +33,33 @@ struct Books {
     pinned: HashMap<u64, usize>,
     events: u64,
     contexts: Vec<u64>,
-    launches: Vec<(u32, u32, u32)>,
+    launches: Vec<Launch>,
 }
+
+#[derive(Default)]
+struct Launch {
+    kernel: u64,
+    grid: [u32; 3],
+    stream: u64,
+    /// The first parameter.
+    parameter: Vec<u8>,
+}
+
+/// Names of the kernels, with the bytes of their only parameter; the first has three.
+fn kernels() -> &'static [(CString, usize)] {
+    static KERNELS: OnceLock<Vec<(CString, usize)>> = OnceLock::new();
+    KERNELS.get_or_init(|| {
+        let mut kernels = vec![(c"kvarn_test_fill".to_owned(), 0)];
+        for text in std::env::var("DOUBLE_KERNELS").unwrap_or_default().split(',').filter(|text| !text.is_empty()) {
+            let (name, bytes) = text.split_once('=').unwrap();
+            kernels.push((CString::new(name).unwrap(), bytes.parse().unwrap()));
+        }
+        kernels
+    })
+}
+
+/// The first kernel's handle; the others count on from it.
+const FIRST_KERNEL: u64 = 7;
 
 static BOOKS: Mutex<Option<Books>> = Mutex::new(None);
 
@@ -261,25 +288,43 @@ api! {
         _e: *mut c_void, _f: u32
     ) { *library = 1; 0 }
     cuLibraryUnload(_library: u64) { 0 }
-    cuLibraryGetKernelCount(count: *mut u32, _library: u64) { *count = 1; 0 }
-    cuLibraryEnumerateKernels(kernels: *mut u64, _count: u32, _library: u64) { *kernels = 7; 0 }
-    cuKernelGetName(name: *mut *const c_char, _kernel: u64) { *name = c"kvarn_test_fill".as_ptr(); 0 }
+    cuLibraryGetKernelCount(count: *mut u32, _library: u64) { *count = kernels().len() as u32; 0 }
+    cuLibraryEnumerateKernels(list: *mut u64, count: u32, _library: u64) {
+        for index in 0..u64::from(count) { *list.add(index as usize) = FIRST_KERNEL + index; }
+        0
+    }
+    cuKernelGetName(name: *mut *const c_char, kernel: u64) {
+        *name = kernels()[(kernel - FIRST_KERNEL) as usize].0.as_ptr();
+        0
+    }
     cuKernelGetAttribute(value: *mut i32, attribute: i32, _kernel: u64, _device: i32) {
         *value = match attribute { 0 => 1024, 1 => 1 << 10, 4 => 32, _ => 0 };
         0
     }
     cuKernelSetAttribute(_attribute: i32, _value: i32, _kernel: u64, _device: i32) { 0 }
     cuKernelGetFunction(function: *mut u64, kernel: u64) { *function = kernel; 0 }
-    cuKernelGetParamInfo(_kernel: u64, index: usize, _offset: *mut usize, size: *mut usize) {
-        *size = [8, 4, 4].get(index).copied().unwrap_or_default();
-        if index < 3 { 0 } else { INVALID }
+    cuKernelGetParamInfo(kernel: u64, index: usize, _offset: *mut usize, size: *mut usize) {
+        let one = [kernels()[(kernel - FIRST_KERNEL) as usize].1];
+        let sizes: &[usize] = if kernel == FIRST_KERNEL { &[8, 4, 4] } else { &one };
+        *size = sizes.get(index).copied().unwrap_or_default();
+        if index < sizes.len() { 0 } else { INVALID }
     }
     cuFuncLoad(_function: u64) { 0 }
+    cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks: *mut i32, _function: u64, _threads: i32, _shared: usize) {
+        *blocks = 3;
+        0
+    }
     cuLaunchKernel(
-        _function: u64, x: u32, y: u32, z: u32, _bx: u32, _by: u32, _bz: u32, _shared: u32, _stream: u64,
-        _parameters: *mut *mut c_void, _extra: *mut c_void
+        function: u64, x: u32, y: u32, z: u32, _bx: u32, _by: u32, _bz: u32, _shared: u32, stream: u64,
+        parameters: *mut *mut c_void, _extra: *mut c_void
     ) {
-        with(|books| books.launches.push((x, y, z)));
+        let bytes = kernels()[(function - FIRST_KERNEL) as usize].1;
+        let mut parameter = vec![0; bytes];
+        if bytes > 0 {
+            std::ptr::copy_nonoverlapping((*parameters).cast::<u8>(), parameter.as_mut_ptr(), bytes);
+        }
+        let launch = Launch { kernel: function, grid: [x, y, z], stream, parameter };
+        with(|books| books.launches.push(launch));
         0
     }
     cuGetErrorName(code: u32, name: *mut *const c_char) {
@@ -332,4 +377,30 @@ pub extern "C" fn double_contexts() -> u64 {
 #[unsafe(no_mangle)]
 pub extern "C" fn double_launches() -> u64 {
     with(|books| books.launches.len() as u64)
+}
+
+/// Calls of a function of the driver, refused ones included.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn double_calls(name: *const c_char) -> u64 {
+    let name = unsafe { CStr::from_ptr(name) }.to_str().unwrap();
+    with(|books| books.calls.get(name).copied().unwrap_or_default())
+}
+
+/// Of the launch with this index: the kernel's place in the list of kernels, blocks of the grid, and the stream.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn double_launch(index: u64, to: *mut u64) {
+    with(|books| {
+        let Launch { kernel, grid, stream, .. } = &books.launches[index as usize];
+        let words = [kernel - FIRST_KERNEL, grid.iter().map(|&blocks| u64::from(blocks)).product(), *stream];
+        unsafe { std::ptr::copy_nonoverlapping(words.as_ptr(), to, 3) };
+    });
+}
+
+/// Copies bytes of the first parameter of the launch with this index.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn double_parameter(index: u64, offset: usize, bytes: usize, to: *mut u8) {
+    with(|books| {
+        let parameter = &books.launches[index as usize].parameter[offset..offset + bytes];
+        unsafe { std::ptr::copy_nonoverlapping(parameter.as_ptr(), to, bytes) };
+    });
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{OpenStep, PoolError, PoolLayout};
 use crate::codec::EncodeCounts;
-use crate::tables::{self, SequenceId, SequenceView, Tables};
+use crate::tables::{self, SequenceId, SequenceView, StepId, Tables};
 
 /// How full a pool is, and what its encoders met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +80,11 @@ impl PoolCore {
     ) -> Result<OpenStep, PoolError> {
         let plan = self.tables().plan_step(sequences, counts, hold)?;
         Ok(OpenStep::new(Arc::clone(self), plan))
+    }
+
+    /// Whether a step was planned and is neither finished nor abandoned.
+    pub fn is_open(&self, step: StepId) -> bool {
+        self.tables().is_open(step)
     }
 
     /// Usage.

@@ -10,6 +10,8 @@ use crate::tables::{SequenceView, StepPlan};
 enum Progress {
     Before,
     Appending,
+    /// The append was recorded into a graph, which has not run.
+    Recorded,
     Appended,
 }
 
@@ -47,13 +49,34 @@ impl OpenStep {
         check: impl FnOnce(&Layer) -> Result<(), E>,
         append: impl FnOnce(&Layer) -> Result<R, E>,
     ) -> Result<R, E> {
+        self.append_as(Progress::Appended, layer, check, append)
+    }
+
+    /// As [`append`](Self::append), where the work is recorded into a graph instead of being done: the step can be read in
+    /// the same recording, and finished once it was [`replayed`](Self::replayed).
+    pub fn record_append<R, E: From<PoolError>>(
+        &self,
+        layer: usize,
+        check: impl FnOnce(&Layer) -> Result<(), E>,
+        append: impl FnOnce(&Layer) -> Result<R, E>,
+    ) -> Result<R, E> {
+        self.append_as(Progress::Recorded, layer, check, append)
+    }
+
+    fn append_as<R, E: From<PoolError>>(
+        &self,
+        done: Progress,
+        layer: usize,
+        check: impl FnOnce(&Layer) -> Result<(), E>,
+        append: impl FnOnce(&Layer) -> Result<R, E>,
+    ) -> Result<R, E> {
         self.while_open(|| {
             let at = self.core.layout().layer(layer)?;
             check(at)?;
             self.advance(layer, Progress::Before, Progress::Appending)?;
             let result = append(at);
             // A layer whose append failed has not been appended to: it may be tried again, or the step abandoned.
-            let reached = if result.is_ok() { Progress::Appended } else { Progress::Before };
+            let reached = if result.is_ok() { done } else { Progress::Before };
             self.advance(layer, Progress::Appending, reached)?;
             result
         })
@@ -65,11 +88,31 @@ impl OpenStep {
         layer: usize,
         read: impl FnOnce(&Layer, bool) -> Result<R, E>,
     ) -> Result<R, E> {
+        self.read_as(Progress::Appended, layer, read)
+    }
+
+    /// As [`read`](Self::read), where the work is recorded into a graph: behind an append that was recorded too.
+    pub fn record_read<R, E: From<PoolError>>(
+        &self,
+        layer: usize,
+        read: impl FnOnce(&Layer, bool) -> Result<R, E>,
+    ) -> Result<R, E> {
+        self.read_as(Progress::Recorded, layer, read)
+    }
+
+    fn read_as<R, E: From<PoolError>>(
+        &self,
+        done: Progress,
+        layer: usize,
+        read: impl FnOnce(&Layer, bool) -> Result<R, E>,
+    ) -> Result<R, E> {
         self.while_open(|| {
             let at = self.core.layout().layer(layer)?;
             let appended = match self.layers.lock().unwrap_or_else(PoisonError::into_inner)[layer] {
                 Progress::Before => false,
                 Progress::Appended => true,
+                Progress::Recorded if done == Progress::Recorded => true,
+                Progress::Recorded => return Err(recorded_error(layer, "a read").into()),
                 Progress::Appending => {
                     return Err(PoolError::Order(format!(
                         "layer {layer} is being appended to: expected a read before or after it; wait for the other thread"
@@ -98,6 +141,26 @@ impl OpenStep {
         self.read(layer, |_, appended| Ok(self.view(index, appended)?.length))
     }
 
+    /// Whether a graph that appends to every layer may run: the step is open and no layer was appended to.
+    pub fn check_replay(&self) -> Result<(), PoolError> {
+        self.while_open(|| {
+            let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+            let appended = |progress| matches!(progress, Progress::Appending | Progress::Appended);
+            match layers.iter().position(|&progress| appended(progress)) {
+                Some(layer) => Err(PoolError::Order(format!(
+                    "layer {layer} was appended to in this step: expected none before a replay, which appends to all; plan \
+                     a new step"
+                ))),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// A graph that appends to every layer was given to the device, after [`check_replay`](Self::check_replay).
+    pub fn replayed(&self) {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).fill(Progress::Appended);
+    }
+
     /// Makes the step the state of its sequences. Every layer must have been appended to.
     pub fn finish(&self) -> Result<(), PoolError> {
         let mut closed = self.closed.write().unwrap_or_else(PoisonError::into_inner);
@@ -106,6 +169,9 @@ impl OpenStep {
         }
         let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(layer) = layers.iter().position(|&progress| progress != Progress::Appended) {
+            if layers[layer] == Progress::Recorded {
+                return Err(recorded_error(layer, "finish"));
+            }
             return Err(PoolError::Order(format!(
                 "layer {layer} has not been appended to: expected every layer before finish; append it, or abandon the step"
             )));
@@ -147,6 +213,13 @@ impl Drop for OpenStep {
     fn drop(&mut self) {
         self.abandon();
     }
+}
+
+fn recorded_error(layer: usize, before: &str) -> PoolError {
+    PoolError::Order(format!(
+        "the append of layer {layer} was recorded into a graph: expected the graph to run before {before}; call \
+         step.replay(graph)"
+    ))
 }
 
 fn closed_error() -> PoolError {

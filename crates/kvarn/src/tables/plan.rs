@@ -51,6 +51,11 @@ impl Tables {
         Ok(plan)
     }
 
+    /// Whether a step was planned here and is neither finished nor abandoned.
+    pub fn is_open(&self, step: StepId) -> bool {
+        step.pool == self.pool && self.open_steps.contains_key(&step.serial)
+    }
+
     /// Makes what a step planned the state of its sequences, and releases the slots of the tiles it
     /// sealed.
     pub fn finish(&mut self, step: StepId) -> Result<(), TableError> {

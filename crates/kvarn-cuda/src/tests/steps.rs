@@ -1,0 +1,463 @@
+//! Pools and steps with the double, which records launches without running them; `double` starts each in a process of its
+//! own.
+
+use std::ffi::{CStr, c_char};
+use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cudarc::driver::sys;
+use kvarn::codec::SlotType;
+use kvarn::pool::{AttendOptions, LayerShape};
+use kvarn::tables::SequenceId;
+use kvarn::{Config, ConfigOptions, DType};
+
+use super::cases::{CAPTURING, MIB, OTHER, Owner, STREAM, alive, books, device, read};
+use crate::params::{AppendParams, AttendParams, SEAL_WORDS, SHARE_WORDS};
+use crate::{
+    Borrowed, DeviceMemory, DeviceTensor, Error, ErrorKind, Pool, PoolOptions, StaticArrays, Step, Stream,
+};
+
+/// Tokens of a tile, and channels of a head.
+const G: usize = 64;
+const LAYERS: usize = 2;
+const KV_HEADS: usize = 2;
+/// Places in `double::kernels`.
+const APPEND: u64 = 1;
+const ATTEND: u64 = 3;
+
+fn made(pages: usize, slots: usize, options: PoolOptions) -> Result<Arc<Pool>, Error> {
+    device();
+    let options_of =
+        ConfigOptions { sink_tokens: Some(0), ..ConfigOptions::from_name("kvarn_k4v2_g64", G).unwrap() };
+    let config = Config::new(&options_of).unwrap();
+    let layers = [LayerShape { kv_heads: KV_HEADS, head_dim: G }; LAYERS];
+    // SAFETY: what is borrowed lives as long as its owner.
+    unsafe { Pool::new(config, &layers, pages, slots, SlotType::Float16, 0, options) }
+}
+
+fn pool() -> Arc<Pool> {
+    made(16, 16, PoolOptions::default()).unwrap()
+}
+
+/// A tensor that is never read: the double runs nothing.
+fn tensor(rows: usize, heads: usize) -> DeviceTensor {
+    let strides = [(heads * G) as isize, G as isize, 1];
+    // SAFETY: as above.
+    unsafe { DeviceTensor::from_raw(1 << 20, DType::Float16, [rows, heads, G], strides) }
+}
+
+fn append(step: &Step, layer: usize, stream: Stream) -> Result<(), Error> {
+    let rows = tensor(step.open().plan().tokens, KV_HEADS);
+    step.append(layer, &rows, &rows, false, stream)
+}
+
+fn attend(step: &Step, layer: usize, stream: Stream) -> Result<(), Error> {
+    let q = tensor(step.open().plan().tokens, 2 * KV_HEADS);
+    // SAFETY: no logits and no denominators.
+    unsafe { step.attend(layer, &q, &AttendOptions::default(), None, &q, None, usize::MAX, stream) }
+}
+
+/// Every layer, eagerly or into a capture.
+fn forward(step: &Step, stream: Stream) -> Result<(), Error> {
+    (0..LAYERS).try_for_each(|layer| append(step, layer, stream).and_then(|()| attend(step, layer, stream)))
+}
+
+/// A finished step of so many tokens, without attention.
+fn prompt(pool: &Arc<Pool>, sequences: &[SequenceId], tokens: usize) {
+    let step = pool.step(sequences, &vec![tokens; sequences.len()], &vec![0; sequences.len()], None).unwrap();
+    (0..LAYERS).for_each(|layer| append(&step, layer, STREAM).unwrap());
+    step.open().finish().unwrap();
+}
+
+fn calls(name: &CStr) -> u64 {
+    // SAFETY: the double, loaded before, and a C string.
+    unsafe {
+        let library = libloading::Library::new("libcuda.so.1").unwrap();
+        library.get::<extern "C" fn(*const c_char) -> u64>(b"double_calls").unwrap()(name.as_ptr())
+    }
+}
+
+/// A launch that was recorded: the kernel's place, its blocks, its stream.
+fn launched(index: u64) -> [u64; 3] {
+    let mut words = [0; 3];
+    // SAFETY: the double fills in three words.
+    unsafe {
+        let library = libloading::Library::new("libcuda.so.1").unwrap();
+        library.get::<extern "C" fn(u64, *mut u64)>(b"double_launch").unwrap()(index, words.as_mut_ptr());
+    }
+    words
+}
+
+/// A number in the parameter of a launch.
+fn parameter<const BYTES: usize>(index: u64, offset: usize) -> [u8; BYTES] {
+    let mut bytes = [0; BYTES];
+    // SAFETY: the double fills in that many bytes.
+    unsafe {
+        let library = libloading::Library::new("libcuda.so.1").unwrap();
+        let copy = library.get::<extern "C" fn(u64, usize, usize, *mut u8)>(b"double_parameter").unwrap();
+        copy(index, offset, BYTES, bytes.as_mut_ptr());
+    }
+    bytes
+}
+
+fn address(index: u64, offset: usize) -> u64 {
+    u64::from_ne_bytes(parameter(index, offset))
+}
+
+fn refused(result: Result<(), Error>, kind: ErrorKind, text: &str) {
+    let error = result.unwrap_err();
+    assert_eq!(error.to_string(), text);
+    assert_eq!(error.kind(), kind);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn few_driver_calls() {
+    let pool = pool();
+    let sequence = pool.core().create();
+    let step = pool.step(&[sequence], &[3], &[0], None).unwrap();
+    append(&step, 0, STREAM).unwrap();
+    attend(&step, 0, STREAM).unwrap();
+    let names = [
+        c"cuCtxGetCurrent",
+        c"cuStreamIsCapturing",
+        c"cuLaunchKernel",
+        c"cuEventRecord",
+        c"cuMemcpyHtoDAsync_v2",
+        c"cuKernelGetFunction",
+        c"cuEventCreate",
+        c"cuMemAlloc_v2",
+    ];
+    let before = names.map(calls);
+    append(&step, 1, STREAM).unwrap();
+    attend(&step, 1, STREAM).unwrap();
+    let took = names.map(calls).iter().zip(before).map(|(after, before)| after - before).collect::<Vec<_>>();
+    // Of append and attend together: the context, the stream, the launch.
+    assert_eq!(took, [2, 2, 2, 0, 0, 0, 0, 0]);
+    assert_eq!(launched(0), [APPEND, 1, 0x51]);
+    assert_eq!(launched(1), [ATTEND, KV_HEADS as u64, 0x51]);
+    // Of the step as a whole: one event for each of its two buffers.
+    let before = calls(c"cuEventRecord");
+    step.open().finish().unwrap();
+    drop(step);
+    assert_eq!(calls(c"cuEventRecord") - before, 2);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn two_streams() {
+    let pool = pool();
+    let sequence = pool.core().create();
+    prompt(&pool, &[sequence], 3);
+    let step = pool.step(&[sequence], &[1], &[0], None).unwrap();
+    let waits = calls(c"cuStreamWaitEvent");
+    append(&step, 0, STREAM).unwrap();
+    attend(&step, 0, STREAM).unwrap();
+    // The buffers were read on this stream only: its own order is enough.
+    assert_eq!(calls(c"cuStreamWaitEvent"), waits);
+    let copies = calls(c"cuMemcpyHtoDAsync_v2");
+    append(&step, 1, OTHER).unwrap();
+    attend(&step, 1, OTHER).unwrap();
+    // The append's arrays are overwritten, after the first stream's work; attention has others for the stream.
+    assert_eq!((calls(c"cuMemcpyHtoDAsync_v2") - copies, calls(c"cuStreamWaitEvent") - waits), (2, 1));
+    step.open().finish().unwrap();
+}
+
+/// Arrays that a launch of `append` and of `attend` reads, with seals and items that count.
+fn sealed(launch: u64) -> Vec<i32> {
+    let seals = address(launch, offset_of!(AppendParams, seals));
+    let count = i32::from_ne_bytes(parameter(launch, offset_of!(AppendParams, seals_count)));
+    let words = read(seals, count as usize * SEAL_WORDS);
+    words.chunks_exact(SEAL_WORDS).map(|seal| seal[0]).collect()
+}
+
+/// Positions of the queries of what thread blocks begin with, for the first head.
+fn positions(launch: u64) -> Vec<i32> {
+    let [_, blocks, _] = launched(launch);
+    let words = read(address(launch, offset_of!(AttendParams, shares)), blocks as usize * SHARE_WORDS);
+    let shares = words.chunks_exact(SHARE_WORDS).filter(|share| share[1] == 0 && share[2] > 0);
+    shares.map(|share| share[4 + 8]).collect()
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn captured_step() {
+    let pool = pool();
+    let sequences = [pool.core().create(), pool.core().create()];
+    prompt(&pool, &sequences[..1], G - 4);
+    prompt(&pool, &sequences[1..], 5);
+    let arrays = StaticArrays::new(&pool, &[1, 1], 4 * G).unwrap();
+    let plan = || pool.step(&sequences, &[1, 1], &[0, 0], Some(&arrays)).unwrap();
+    let first = books("double_launches");
+    let step = plan();
+    forward(&step, STREAM).unwrap();
+    step.open().finish().unwrap();
+
+    let step = plan();
+    let (allocated, copies) = (calls(c"cuMemAlloc_v2"), calls(c"cuMemcpyHtoDAsync_v2"));
+    forward(&step, CAPTURING).unwrap();
+    assert_eq!((calls(c"cuMemAlloc_v2"), calls(c"cuMemcpyHtoDAsync_v2")), (allocated, copies));
+    let captured = first + 2 * LAYERS as u64;
+    let (append_at, attend_at) = (captured, captured + 1);
+    // One launch is like another: eager, captured, in every layer.
+    for layer in 0..2 * LAYERS as u64 {
+        assert_eq!(launched(first + 2 * layer)[..2], launched(append_at)[..2]);
+        assert_eq!(launched(first + 2 * layer + 1)[..2], launched(attend_at)[..2]);
+    }
+    assert_eq!((launched(append_at)[0], launched(attend_at)[0]), (APPEND, ATTEND));
+
+    // What was recorded has not run: it is no append yet.
+    let text = "the append of layer 0 was recorded into a graph: expected the graph to run before finish; call \
+                step.replay(graph)";
+    assert_eq!(step.open().finish().unwrap_err().to_string(), text);
+    refused(attend(&step, 0, STREAM), ErrorKind::Value, &text.replace("finish", "a read"));
+    step.send(STREAM).unwrap();
+    step.replayed();
+    assert_eq!(positions(attend_at), [G as i32 - 3, 6]);
+    assert_eq!(sealed(append_at), [-1, -1]);
+    step.open().finish().unwrap();
+    assert_eq!(pool.core().view(sequences[0]).unwrap().length, G - 2);
+
+    // Later steps arrive where the captured launches read, seals included.
+    let mut sealing = 0;
+    for length in G - 1..2 * G + 2 {
+        let step = plan();
+        assert_eq!(step.open().plan().sequences[0].after.length, length);
+        step.send(if length % 2 == 0 { STREAM } else { OTHER }).unwrap();
+        let mut pages: Vec<i32> = step
+            .open()
+            .plan()
+            .sequences
+            .iter()
+            .flat_map(|sequence| sequence.seals.iter().map(|seal| seal.page as i32))
+            .collect();
+        sealing += pages.len();
+        pages.resize(sequences.len(), -1);
+        assert_eq!(sealed(append_at), pages);
+        assert!(positions(attend_at).contains(&(length as i32 - 1)));
+        step.replayed();
+        step.open().finish().unwrap();
+    }
+    assert_eq!((calls(c"cuMemAlloc_v2"), sealing), (allocated, 3));
+
+    // An eager step of the same arrays goes on, and its own launches are the same.
+    let step = plan();
+    let launches = books("double_launches");
+    forward(&step, STREAM).unwrap();
+    assert_eq!(launched(launches)[..2], launched(append_at)[..2]);
+    let text = "layer 0 was appended to in this step: expected none before a replay, which appends to all; plan a new step";
+    refused(step.send(STREAM), ErrorKind::Value, text);
+    step.open().finish().unwrap();
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn capture_refused() {
+    let pool = pool();
+    let sequence = pool.core().create();
+    prompt(&pool, &[sequence], 3);
+    let launches = books("double_launches");
+    let step = pool.step(&[sequence], &[1], &[0], None).unwrap();
+    let text = "append or attend during a capture: expected a step with static arrays, which stay where the graph reads \
+                them; make them with Pool.static_arrays and plan the step with Pool.step(…, arrays=…)";
+    refused(append(&step, 0, CAPTURING), ErrorKind::Cuda, text);
+    refused(attend(&step, 0, CAPTURING), ErrorKind::Cuda, text);
+    let text = "a step without what a graph reads: expected one whose static arrays served a captured step; capture one, \
+                and plan this one with the same arrays";
+    refused(step.send(STREAM), ErrorKind::Value, text);
+    drop(step);
+
+    let arrays = StaticArrays::new(&pool, &[1], G).unwrap();
+    let plan = || pool.step(&[sequence], &[1], &[0], Some(&arrays)).unwrap();
+    let step = plan();
+    let cold = "during a capture: expected a call of the same kind before, which allocates what the graph needs; run the \
+                step's calls once without a capture, with a step of the same static arrays";
+    refused(append(&step, 0, CAPTURING), ErrorKind::Cuda, &format!("append {cold}"));
+    refused(attend(&step, 0, CAPTURING), ErrorKind::Cuda, &format!("attend {cold}"));
+    refused(step.send(STREAM), ErrorKind::Value, text);
+    // Attention before the append is another kind than after it.
+    (0..LAYERS).for_each(|layer| append(&step, layer, STREAM).unwrap());
+    (0..LAYERS).for_each(|layer| attend(&step, layer, STREAM).unwrap());
+    step.open().finish().unwrap();
+    let launched = launches + 2 * LAYERS as u64;
+    assert_eq!(books("double_launches"), launched);
+    let step = plan();
+    refused(attend(&step, 0, CAPTURING), ErrorKind::Cuda, &format!("attend {cold}"));
+    append(&step, 0, CAPTURING).unwrap();
+    attend(&step, 0, CAPTURING).unwrap();
+    assert_eq!(books("double_launches"), launched + 2);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn static_arrays_refused() {
+    let pool = pool();
+    let sequence = pool.core().create();
+    let text = |counts: &[usize], tokens| StaticArrays::new(&pool, counts, tokens).unwrap_err().to_string();
+    assert!(text(&[], 9).starts_with("counts [] of static arrays: expected a new token or more"));
+    assert!(text(&[0], 9).starts_with("counts [0] of static arrays: expected a new token or more"));
+    assert!(
+        text(&[4, 1], 3).starts_with("tokens 3 of static arrays: expected 4, the largest count, or more")
+    );
+
+    let arrays = StaticArrays::new(&pool, &[2], 5).unwrap();
+    let refuse = |pool: &Arc<Pool>, sequence, count| {
+        pool.step(&[sequence], &[count], &[0], Some(&arrays)).unwrap_err().to_string()
+    };
+    assert!(refuse(&pool, sequence, 1).starts_with("counts [1] with static arrays: expected [2]"));
+    let other = self::pool();
+    assert!(refuse(&other, other.core().create(), 2).starts_with("static arrays of another pool"));
+    let step = pool.step(&[sequence], &[2], &[0], Some(&arrays)).unwrap();
+    let second = pool.core().create();
+    assert!(refuse(&pool, second, 2).starts_with("static arrays that an open step uses"));
+    step.open().abandon();
+    for _ in 0..2 {
+        let step = pool.step(&[sequence], &[2], &[0], Some(&arrays)).unwrap();
+        forward(&step, STREAM).unwrap();
+        step.open().finish().unwrap();
+    }
+    assert!(
+        refuse(&pool, sequence, 2)
+            .starts_with("tokens of a sequence 6 with static arrays: expected at most 5")
+    );
+    // What was refused is not open: the sequence goes on without the arrays.
+    assert_eq!(pool.core().stats().tables.open_steps, 0);
+    prompt(&pool, &[sequence], 2);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn borrowed_pool() {
+    const HALF: usize = 2 * MIB;
+    let lender = DeviceMemory::allocate(device(), 2 * HALF, "lender").unwrap();
+    let gone = [Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false))];
+    let of = |at: u64, bytes, owner: usize| Borrowed {
+        address: lender.address() + at,
+        bytes,
+        owner: Box::new(Owner(Arc::clone(&gone[owner]))),
+    };
+    let plain = pool();
+    let (pages, slots) = (plain.core().layout().page_memory, plain.core().layout().slot_memory);
+    assert!(pages + slots < HALF);
+    drop(plain);
+    let before = alive();
+    let with = |pages, slots| made(16, 16, PoolOptions { memory: Some((pages, slots)), check: false });
+    let error = with(of(0, pages - 1, 0), of(0, slots, 1)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "memory for pages, of {} bytes: expected {pages} bytes, those of all layers one behind the other; pass a \
+             tensor of that size",
+            pages - 1
+        )
+    );
+    assert_eq!(error.kind(), ErrorKind::Value);
+    let error = with(of(0, pages, 0), of(HALF as u64 + 64, slots, 1)).unwrap_err();
+    assert!(error.to_string().starts_with("memory for slots, at 0x"), "{error}");
+    assert_eq!(alive(), before);
+    for gone in &gone {
+        gone.store(false, Ordering::Relaxed);
+    }
+
+    // SAFETY: memory of the double, which is the host's.
+    unsafe { std::ptr::write_bytes(lender.address() as *mut u8, 0xff, 2 * HALF) };
+    let pool = with(of(0, pages, 0), of(HALF as u64, slots, 1)).unwrap();
+    let words = read(lender.address() + HALF as u64, slots / 4 + 1);
+    assert!(words[..slots / 4].iter().all(|&word| word == 0) && words[slots / 4] == -1);
+    assert_eq!(read(lender.address(), 1), [-1]);
+    let sequence = pool.core().create();
+    prompt(&pool, &[sequence], 3 * G);
+    assert_eq!((pool.provided_bytes(), pool.pages(0).unwrap().address()), (0, lender.address()));
+    let view = pool.slots(1).unwrap();
+    drop(pool);
+    assert!(gone[0].load(Ordering::Relaxed) && !gone[1].load(Ordering::Relaxed));
+    drop(view);
+    assert!(gone[1].load(Ordering::Relaxed));
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn checked_pool() {
+    let pool = made(16, 16, PoolOptions { check: true, ..PoolOptions::default() }).unwrap();
+    let sequence = pool.core().create();
+    prompt(&pool, &[sequence], 2 * G + 1);
+    let step = pool.step(&[sequence], &[1], &[0], None).unwrap();
+    let first = books("double_launches");
+    append(&step, 0, STREAM).unwrap();
+    attend(&step, 0, STREAM).unwrap();
+    let page = address(first + 1, offset_of!(AttendParams, items)) + 4;
+    let wild = 1_000_000i32;
+    // SAFETY: the array is there.
+    let written = unsafe { sys::cuMemcpyHtoDAsync_v2(page, (&raw const wild).cast(), 4, STREAM.raw()) };
+    assert_eq!(written, sys::CUresult::CUDA_SUCCESS);
+    append(&step, 1, STREAM).unwrap();
+    refused(
+        attend(&step, 1, STREAM),
+        ErrorKind::Cuda,
+        "1000000 at 1 of the step's array \"items\" on cuda:0: expected 2, as sent; something else wrote to that \
+         memory: look for it with compute-sanitizer",
+    );
+    assert_eq!(books("double_launches"), first + 3);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn step_without_memory() {
+    // Room for the counts, one chunk of pages, and slots up to the limit.
+    let pool = made(1 << 16, 1 << 10, PoolOptions::default()).unwrap();
+    let sequence = pool.core().create();
+    prompt(&pool, &[sequence], 1);
+    let (made, taken, stats) = (alive(), books("double_taken"), pool.core().stats());
+    let error = pool.step(&[sequence], &[1 << 20], &[0], None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Capacity);
+    assert!(error.to_string().contains(" bytes of pages on cuda:0: expected at most the "), "{error}");
+    assert_eq!((books("double_taken"), pool.core().stats()), (taken, stats));
+    assert_eq!(alive(), made);
+    prompt(&pool, &[sequence], 1);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn pool_without_memory() {
+    device();
+    let before = alive();
+    let error = made(16, 16, PoolOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Capacity);
+    assert!(error.to_string().starts_with("16 bytes of counts on cuda:0: expected at most the "), "{error}");
+    assert_eq!((alive(), books("double_taken")), (before, 0));
+    pool();
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn attend_without_memory() {
+    let pool = pool();
+    let sequence = pool.core().create();
+    let step = pool.step(&[sequence], &[3], &[0], None).unwrap();
+    append(&step, 0, STREAM).unwrap();
+    let (made, launches) = (alive(), books("double_launches"));
+    let error = attend(&step, 0, STREAM).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Capacity);
+    assert!(error.to_string().contains(" bytes of attention workspace on cuda:0"), "{error}");
+    assert_eq!((alive(), books("double_launches")), (made, launches));
+    attend(&step, 0, STREAM).unwrap();
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn lost_in_a_step() {
+    let pool = pool();
+    let sequence = pool.core().create();
+    let step = pool.step(&[sequence], &[3], &[0], None).unwrap();
+    append(&step, 0, STREAM).unwrap();
+    let error = attend(&step, 0, STREAM).unwrap_err().to_string();
+    assert!(
+        error.starts_with("cuda:0 failed: CUDA_ERROR_ILLEGAL_ADDRESS")
+            && error.contains("the last kernel of kvarn started on it was kvarn_attend_d64_g64_k4v2_n1"),
+        "{error}"
+    );
+    let error = append(&step, 1, STREAM).unwrap_err().to_string();
+    assert!(error.starts_with("cuda:0, which failed earlier with CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
+    drop((step, pool));
+}
