@@ -7,6 +7,7 @@ import kvarn.torch_ops
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 
 KV_HEADS, HEADS, D, LAYERS = 2, 4, 64, 2
 ATTEND_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -87,7 +88,7 @@ def test_one_graph_serves_every_step(backend):
     compiled = torch.compile(forward, fullgraph=True, backend=counter)
     for _ in range(60):  # across the border of a tile
         q, k, v = cache.rows(1, HEADS), cache.rows(1, KV_HEADS), cache.rows(1, KV_HEADS)
-        with cache.step() as step, twin.step() as other:
+        with fresh_cache(), cache.step() as step, twin.step() as other:
             outputs = compiled(step.handle, q, k, v)
             expected = forward(other.handle, q, k, v)
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
