@@ -33,15 +33,16 @@ def attend_row(preset, lengths, *, heads, kv_heads, head_dim, q_len, stream, rep
     layers = cold_copies(must)
     with torch.cuda.stream(stream):
         filled = FilledPool(cfg, [length - q_len for length in lengths], kv_heads=kv_heads, layers=layers)
-        with filled.step(q_len) as step:
-            tokens = q_len * len(lengths)
-            k, v = filled.rows(tokens), filled.rows(tokens)
-            q = torch.randn(tokens, heads, head_dim, device="cuda", dtype=torch.float16)
-            for layer in range(layers):
-                step.append(layer, k, v)
-            host_us = host_time(lambda: step.attend(0, q))
-            calls = [lambda layer=layer: step.attend(layer, q) for layer in range(layers)]
-            us = graph_time(calls, stream, replays=replays)
+        step = filled.step(q_len, captured=True)
+        tokens = q_len * len(lengths)
+        k, v = filled.rows(tokens), filled.rows(tokens)
+        q = torch.randn(tokens, heads, head_dim, device="cuda", dtype=torch.float16)
+        for layer in range(layers):
+            step.append(layer, k, v)
+        host_us = host_time(lambda: step.attend(0, q))
+        calls = [lambda layer=layer: step.attend(layer, q) for layer in range(layers)]
+        us = graph_time(calls, stream, replays=replays)
+        step.abandon()
     plain = plain_read_time(must, stream)
     return {
         "preset": preset,

@@ -28,7 +28,7 @@ def append_time(filled, count, stream, replays):
     tokens = count * len(filled.sequences)
     k, v = filled.rows(tokens), filled.rows(tokens)
     with torch.cuda.stream(stream):
-        step = filled.step(count)
+        step = filled.step(count, captured=True)
         try:
             step.append(0, k, v)
             calls = [lambda layer=layer: step.append(layer, k, v) for layer in range(1, filled.layers)]

@@ -36,15 +36,24 @@ class FilledPool:
         )
         self.sequences = [self.pool.create() for _ in lengths]
         self.device = device
+        self.arrays = None
         self._fill(list(lengths))
 
     def rows(self, count):
         """Random keys or values, [count, kv_heads, head_dim]."""
         return torch.randn(count, self.kv_heads, self.cfg.head_dim, device=self.device, dtype=torch.float16)
 
-    def step(self, count):
-        """An open step of `count` new tokens for every sequence."""
-        return self.pool.step(self.sequences, [count] * len(self.sequences))
+    def step(self, count, *, captured=False):
+        """An open step of `count` new tokens for every sequence.
+
+        With `captured` its calls may be captured, once one of each kind has run; then it cannot be finished,
+        only abandoned.
+        """
+        counts = [count] * len(self.sequences)
+        if captured:
+            longest = max(sequence.length for sequence in self.sequences) + count
+            self.arrays = self.pool.static_arrays(counts, tokens=longest)  # kept as long as a graph
+        return self.pool.step(self.sequences, counts, arrays=self.arrays if captured else None)
 
     def _fill(self, missing):
         group = self.cfg.group

@@ -48,20 +48,25 @@ def layer_row(report, preset, shape, stream, replays):
         k, v = filled.rows(shape.batch), filled.rows(shape.batch)
         q = torch.randn(shape.batch, shape.heads, shape.head_dim, device="cuda", dtype=torch.float16)
         append_us = append_time(filled, 1, stream, replays)
-        with filled.step(1) as step:
+        step = filled.step(1, captured=True)
 
-            def both(layer):
-                step.append(layer, k, v)
-                step.attend(layer, q)
+        def both(layer):
+            step.append(layer, k, v)
+            step.attend(layer, q)
 
-            both(0)
-            measured = range(1, layers)
-            both_us = graph_time(
-                [lambda layer=layer: both(layer) for layer in measured], stream, replays=replays, warm=False
-            )
-            attend_us = graph_time(
-                [lambda layer=layer: step.attend(layer, q) for layer in measured], stream, replays=replays
-            )
+        both(0)
+        measured = range(1, layers)
+        both_us = graph_time(
+            [lambda layer=layer: both(layer) for layer in measured], stream, replays=replays, warm=False
+        )
+        step.abandon()
+        step = filled.step(1, captured=True)
+        for layer in range(layers):
+            step.append(layer, k, v)
+        attend_us = graph_time(
+            [lambda layer=layer: step.attend(layer, q) for layer in measured], stream, replays=replays
+        )
+        step.abandon()
     plain = plain_read_time(must, stream)
     report.row(
         f"{preset} {shape}: append + attend {both_us:.1f} µs, attend {attend_us:.1f}, "

@@ -168,13 +168,28 @@ impl StepShape {
     /// Most items, and partial results, of an attention.
     pub(crate) fn items(&self, rule: &SealRule, key: AttendKey) -> usize {
         let group = rule.group();
-        let hold = self.counts.iter().copied().max().unwrap_or(0);
         let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group));
         let records = (1..=rule.tiles(self.tokens)).map(record_items).max().unwrap_or(0);
-        let sink = usize::from(rule.sink_tokens() > 0);
-        // Tiles that are not sealed: the recent window, less than a tile more, and what is held.
-        let tail = (rule.recent_tokens() + group - 1 + hold).div_ceil(group) + 1;
-        self.counts.iter().map(|count| count.div_ceil(key.query_tokens) * (sink + records + tail)).sum()
+        self.query_blocks(key) * (self.slots(rule) + records)
+    }
+
+    /// Most that an attention reads of one KV head.
+    pub(crate) fn cost(&self, rule: &SealRule, key: AttendKey, cost: Cost) -> u64 {
+        let tiles = rule.tiles(self.tokens) * self.query_blocks(key);
+        let slots = self.slots(rule) * self.query_blocks(key);
+        cost.of(self.items(rule, key), tiles, slots * rule.group())
+    }
+
+    fn query_blocks(&self, key: AttendKey) -> usize {
+        self.counts.iter().map(|count| count.div_ceil(key.query_tokens)).sum()
+    }
+
+    /// Most slots that a query reads: of the sinks, and of tiles that are not sealed, which are those of the recent window,
+    /// less than a tile more, and what is held.
+    fn slots(&self, rule: &SealRule) -> usize {
+        let hold = self.counts.iter().copied().max().unwrap_or(0);
+        let tail = (rule.recent_tokens() + rule.group() - 1 + hold).div_ceil(rule.group()) + 1;
+        usize::from(rule.sink_tokens() > 0) + tail
     }
 }
 
@@ -212,7 +227,7 @@ mod tests {
                 };
                 let (append, attend) = (AppendPlan::new(&plan, 128), AttendPlan::new(&plan, &rule, key));
                 let cost = Cost { record: 13_824, token: 512 };
-                let shares = shares(&attend, 8, Grid::Resident(396), cost);
+                let shares = shares(&attend, 8, Grid { resident: 396, room: None }, cost);
                 assert_eq!((append.slot_of_row.len(), attend.counters), (batch, batch));
                 assert!(!shares.is_empty());
                 for (kept, time) in microseconds.iter_mut().zip([planned, start.elapsed()]) {

@@ -17,20 +17,44 @@ pub(crate) struct Cost {
 }
 
 impl Cost {
+    /// Of items with so many record tiles and tokens in slots.
+    pub(crate) const fn of(self, items: usize, tiles: usize, tokens: usize) -> u64 {
+        // One more record each: what an item costs by itself.
+        (tiles + items) as u64 * self.record + tokens as u64 * self.token
+    }
+
     /// Of the item with these words.
-    fn of(self, item: &[i32]) -> u64 {
-        // One more record: what an item costs by itself.
-        (item[1] as u64 + 1) * self.record + item[3] as u64 * self.token
+    fn of_item(self, item: &[i32]) -> u64 {
+        self.of(1, item[1] as usize, item[3] as usize)
     }
 }
 
-/// Thread blocks of the launch.
+/// Thread blocks of the launch: one for each share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Grid {
-    /// One for each share, on a device that holds this many at a time.
-    Resident(usize),
-    /// This many, the last ones perhaps without work: a captured launch serves every step.
-    Fixed(usize),
+pub(crate) struct Grid {
+    /// Blocks that the device holds at a time.
+    pub resident: usize,
+    /// Shares in all, the last ones perhaps without work, so that a captured launch serves every step. `None`: as many as there
+    /// is work for.
+    pub room: Option<usize>,
+}
+
+impl Grid {
+    /// Shares that work of this cost is cut into, unless it is in few pieces.
+    fn count(self, total: u64, cost: Cost) -> u64 {
+        let resident = self.resident as u64;
+        if total <= ONE_WAVE_RECORDS * cost.record * resident {
+            resident
+        } else {
+            total.div_ceil(SHARE_RECORDS * cost.record)
+        }
+    }
+
+    /// With room for all work of up to `total` cost.
+    pub(crate) fn with_room(self, total: u64, cost: Cost) -> Self {
+        let room = self.count(total, cost).max(self.resident as u64);
+        Self { room: Some(room as usize), ..self }
+    }
 }
 
 /// Records that the share of a block may have where the device does all work at once; above, shares are
@@ -44,15 +68,10 @@ const SHARE_RECORDS: u64 = 16;
 /// has much, shorter ones: blocks do not get on equally fast.
 pub(crate) fn shares(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost) -> Vec<i32> {
     let items: Vec<&[i32]> = plan.items.chunks_exact(ITEM_WORDS).collect();
-    let total = kv_heads as u64 * items.iter().map(|item| cost.of(item)).sum::<u64>();
-    let (blocks, fixed) = match grid {
-        Grid::Resident(blocks) => (blocks, false),
-        Grid::Fixed(blocks) => (blocks, true),
-    };
-    let one_wave = fixed || total <= ONE_WAVE_RECORDS * cost.record * blocks as u64;
-    let count = if one_wave { blocks as u64 } else { total.div_ceil(SHARE_RECORDS * cost.record) };
+    let total = kv_heads as u64 * items.iter().map(|item| cost.of_item(item)).sum::<u64>();
+    let count = grid.room.map_or(u64::MAX, |room| room as u64).min(grid.count(total, cost));
     // One piece each where there are few.
-    let each = items.len() * kv_heads <= blocks;
+    let each = items.len() * kv_heads <= grid.resident;
     let mut made: Vec<i32> = Vec::new();
     let (mut before, mut share) = (0, 0); // cost of the pieces so far; share that the present piece belongs to
     let mut at = 0;
@@ -60,7 +79,7 @@ pub(crate) fn shares(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost)
         let parts = items[at][5] as usize;
         for head in 0..kv_heads {
             for (index, item) in items[at..at + parts].iter().enumerate() {
-                let cost = cost.of(item);
+                let cost = cost.of_item(item);
                 // The share that the middle of the piece falls into.
                 let mut begins = each || made.is_empty();
                 while (2 * before + cost) * count >= 2 * total * (share + 1) {
@@ -78,8 +97,8 @@ pub(crate) fn shares(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost)
         }
         at += parts;
     }
-    if fixed {
-        made.resize(blocks * SHARE_WORDS, 0);
+    if let Some(room) = grid.room {
+        made.resize(room * SHARE_WORDS, 0);
     }
     made
 }

@@ -353,8 +353,12 @@ impl Step {
         let resident = self.pool.resident(&kernel, geometry)?;
         let most = self.shape.as_ref().map(|shape| shape.items(rule, key));
         let (item_count, parts) = most.map_or((arrays.count(), arrays.parts), |most| (most, most));
-        let grid = if most.is_some() { Grid::Fixed(resident) } else { Grid::Resident(resident) };
         let cost = Cost { record: at.config.layout().record_bytes as u64, token: 4 * head_dim as u64 };
+        let grid = Grid { resident, room: None };
+        let grid = self
+            .shape
+            .as_ref()
+            .map_or(grid, |shape| grid.with_room(kv_heads as u64 * shape.cost(rule, key, cost), cost));
         let shares = shares(&arrays, kv_heads, grid, cost);
         let bytes = 4 * parts * kv_heads * columns * (head_dim + 2);
         let counters = arrays.counters * kv_heads;

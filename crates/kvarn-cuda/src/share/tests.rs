@@ -45,13 +45,15 @@ proptest! {
         kv_heads in 1..9_usize,
         resident in 1..400_usize,
         fixed in any::<bool>(),
+        more in 0..3_u64,
     ) {
         let plan = plan(&blocks);
         let work = all(&blocks, kv_heads);
-        let grid = if fixed { Grid::Fixed(resident) } else { Grid::Resident(resident) };
-        let made = shares(&plan, kv_heads, grid, COST);
-        let cost_of = |item: i32| COST.of(&plan.items[item as usize * ITEM_WORDS..][..ITEM_WORDS]);
+        let cost_of = |item: i32| COST.of_item(&plan.items[item as usize * ITEM_WORDS..][..ITEM_WORDS]);
         let total: u64 = work.iter().map(|&(item, _)| cost_of(item)).sum();
+        let grid = Grid { resident, room: None };
+        let grid = if fixed { grid.with_room(total + more * COST.record * resident as u64 * 20, COST) } else { grid };
+        let made = shares(&plan, kv_heads, grid, COST);
         let largest = work.iter().map(|&(item, _)| cost_of(item)).max().unwrap_or(0);
 
         let (mut at, mut ended) = (0, false);
@@ -66,15 +68,13 @@ proptest! {
             prop_assert_eq!((share[0], share[1]), work[at]);
             prop_assert_eq!(&share[4..], &plan.items[share[0] as usize * ITEM_WORDS..][..ITEM_WORDS]);
             let mine: u64 = work[at..at + count].iter().map(|&(item, _)| cost_of(item)).sum();
-            let fair = if fixed { total / resident as u64 } else {
-                (total / resident as u64).max(SHARE_RECORDS * COST.record)
-            };
+            let fair = (total / resident as u64).max(SHARE_RECORDS * COST.record);
             prop_assert!(mine <= fair + largest + 1, "{} of {}", mine, fair);
             at += count;
         }
         prop_assert_eq!(at, work.len());
-        if fixed {
-            prop_assert_eq!(made.len(), resident * SHARE_WORDS);
+        if let Some(room) = grid.room {
+            prop_assert_eq!(made.len(), room * SHARE_WORDS);
         }
         if work.len() <= resident {
             prop_assert!(made.chunks_exact(SHARE_WORDS).all(|share| share[2] <= 1), "few pieces: one each");
