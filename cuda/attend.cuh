@@ -205,7 +205,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
     if (i == 0) fetch_words_wait();
     if (i == begun)
       make_fragments<L, NT, M::warps>(p, item, work.head, reinterpret_cast<float*>(memory + M::units),
-                                      reinterpret_cast<float*>(memory + M::fragments));
+                                      reinterpret_cast<uint32_t*>(memory + M::fragments));
     describe_next(i + 1);
 
     Softmax<NT> softmax;

@@ -220,8 +220,9 @@ __device__ __forceinline__ void expand(const ExpandParams& p) {
 
 }  // namespace kvarn
 
+// A bound on blocks where the compiler would otherwise choose too few registers.
 #define KVARN_EXPAND(D, G)                                                      \
-  extern "C" __global__ void __launch_bounds__(128)                             \
+  extern "C" __global__ void __launch_bounds__(128, (D) == 64 ? 4 : 1)          \
       kvarn_expand_d##D##_g##G(const __grid_constant__ kvarn::ExpandParams p) { \
     kvarn::expand<D, G>(p);                                                     \
   }

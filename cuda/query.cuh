@@ -65,11 +65,11 @@ __device__ __forceinline__ void store_elements(uint16_t* at, int dtype, const fl
   }
 }
 
-// Lays a query block out as B fragments in float32, [NT][D / 16][32 lanes] of 16 bytes: one k step, times 2^-place of its
-// codes; and at `unit` what undoes the common power of two. All threads call; `unit` holds 1 + 8 NT floats. A barrier comes
-// last within.
+// Lays a query block out as B fragments, [NT][D / 16][32 lanes] of 16 bytes: for each k step its two k halves, times 2^-place
+// of their codes, rounded to half, and behind them what the rounding left, in half. And at `unit` what undoes the common
+// power of two. All threads call; `unit` holds 1 + 8 NT floats. A barrier comes last within.
 template <class L, int NT, int Warps>
-__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* unit, float* fragments) {
+__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* unit, uint32_t* fragments) {
   constexpr int D = L::D;
   const Vectors<D> at;
   constexpr int each = (8 * NT + Warps * at.per_warp - 1) / (Warps * at.per_warp);
@@ -113,10 +113,14 @@ __device__ __forceinline__ void make_fragments(const AttendParams& p, const Item
     const int column = first + n * Warps * at.per_warp;
     if (column >= 8 * NT || !at.holds()) continue;
     const float weight = factor * power_of_two(-place(D, L::key_bits, step, half));
-    float* at_lane = fragments + ((column / 8 * (D / 16) + step) * 32 + column % 8 * 4) * 4 + half * 2;
+    uint32_t* at_lane = fragments + ((column / 8 * (D / 16) + step) * 32 + column % 8 * 4) * 4 + half;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      *reinterpret_cast<float2*>(at_lane + 4 * i) = make_float2(x[n][2 * i] * weight, x[n][2 * i + 1] * weight);
+    for (int i = 0; i < 4; i++) {
+      const float low = x[n][2 * i] * weight, high = x[n][2 * i + 1] * weight;
+      at_lane[4 * i] = pack_half2(low, high);
+      const float2 rounded = unpack_half2(at_lane[4 * i]);
+      at_lane[4 * i + 2] = pack_half2(low - rounded.x, high - rounded.y);
+    }
   }
   __syncthreads();
 }

@@ -61,16 +61,15 @@ __device__ __forceinline__ void record_logits(const unsigned char* keys, const u
       float cz[kinds][2][2][4] = {};
 #pragma unroll
       for (int k = 0; k < KT; k++) {
-        // Rounded once: float32 until they have their channel scale.
-        float exact[4];
-        load128(reinterpret_cast<uint32_t*>(exact), queries + (b * KT + k) * 32 + lane);
+        uint32_t query[4];  // of two k halves, then what their rounding left
+        load128(query, queries + (b * KT + k) * 32 + lane);
         float(&c_h)[2][4] = cz[place_kind<D, B>(k)][kinds == 1 ? k % 2 : k / 2 % 2];
         const uint32_t az[4] = {half2_fma(scale[2 * k], middle, zero[2 * k]), 0u, 0u,
                                 half2_fma(scale[2 * k + 1], middle, zero[2 * k + 1])};
-        mma(c_h[0], az, pack_half2(exact[0], exact[1]), pack_half2(exact[2], exact[3]), c_h[0]);
-        const float2 low = unpack_half2(scale[2 * k]), high = unpack_half2(scale[2 * k + 1]);
-        q[b][k][0] = pack_half2(exact[0] * low.x, exact[1] * low.y);
-        q[b][k][1] = pack_half2(exact[2] * high.x, exact[3] * high.y);
+        mma(c_h[0], az, query[0], query[1], c_h[0]);
+        // Rounded once: products of twice rounded queries miss the contract.
+        q[b][k][0] = half2_fma(query[0], scale[2 * k], half2_mul(query[2], scale[2 * k]));
+        q[b][k][1] = half2_fma(query[1], scale[2 * k + 1], half2_mul(query[3], scale[2 * k + 1]));
         const uint32_t am[4] = {minus_middle, 0u, 0u, minus_middle};
         mma(c_h[1], am, q[b][k][0], q[b][k][1], c_h[1]);
       }

@@ -38,10 +38,11 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, con
       for (int j = 0; j < D / 32; j++) {
         // Channels 32 j + 8 c … of column g, as halves: those of k half c % 2 of k step 2 j + c / 2.
         uint32_t q[4];
-        const float2* row = reinterpret_cast<const float2*>(queries + (b * (D / 16) + 2 * j + c / 2) * 32 + 4 * g) + c % 2;
-        const float weight = power_of_two(place(D, L::key_bits, 2 * j + c / 2, c % 2));
+        const auto* row = reinterpret_cast<const uint32_t*>(queries + (b * (D / 16) + 2 * j + c / 2) * 32 + 4 * g) + c % 2;
+        const int exponent = place(D, L::key_bits, 2 * j + c / 2, c % 2);
+        const uint32_t weight = uint32_t(15 + exponent) << 10 | uint32_t(15 + exponent) << 26;
 #pragma unroll
-        for (int i = 0; i < 4; i++) q[i] = pack_half2(row[2 * i].x * weight, row[2 * i].y * weight);
+        for (int i = 0; i < 4; i++) q[i] = half2_mul(row[4 * i], weight);
 #pragma unroll
         for (int s = 0; s < 2; s++) {
           const uint32_t a[4] = {x[t][0][j][2 * s], x[t][1][j][2 * s], x[t][0][j][2 * s + 1], x[t][1][j][2 * s + 1]};

@@ -8,6 +8,7 @@ same tokens. Medians of steps on the clock of the host, each waited for; `host` 
 with a step before it waited: where it is nearly the whole step, Python is what is measured, not the cache.
 """
 
+import contextlib
 import gc
 import statistics
 import sys
@@ -17,6 +18,7 @@ import torch
 from kvarn import KVarNCache
 from kvarn.eval.memory import cache_bytes
 from report import Report, parser
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 LLAMA_3_8B = {
@@ -86,6 +88,12 @@ class States:
         for first in range(0, self.context, CHUNK):
             out[:, :, :, first : first + CHUNK] = self.chunk(layer, first)
         return out
+
+
+CACHES = ["dynamic", "dynamic-flash", "static", "kvarn"]
+# torch's cuDNN backend prepares itself anew for every length that it has not seen: at every step of a cache
+# that grows.
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def fill_dense(cache, states):
@@ -172,7 +180,8 @@ def cache_row(report, name, model, batch, context, steps, preset, dense):
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, model.config.vocab_size, (steps + WARM_STEPS, batch), generator=generator)
-    whole, host, logits = decode(model, cache, tokens.to(model.device))
+    with sdpa_kernel(WITHOUT_CUDNN) if name == "dynamic-flash" else contextlib.nullcontext():
+        whole, host, logits = decode(model, cache, tokens.to(model.device))
     step_s, host_s = (statistics.median(times[WARM_STEPS:]) for times in (whole, host))
     speed = batch / step_s
     peak = (torch.cuda.max_memory_allocated() if cuda else 0) + pool_bytes(cache)
@@ -189,7 +198,7 @@ def cache_row(report, name, model, batch, context, steps, preset, dense):
         }
     beside = ", ".join(f"{ratio:.2f} × {other}" for other, ratio in values.get("times", {}).items())
     report.row(
-        f"{context} tokens, batch {batch}, {name:7}: {speed:8.1f} tokens/s, step {step_s * 1e3:.2f} ms "
+        f"{context} tokens, batch {batch}, {name:13}: {speed:8.1f} tokens/s, step {step_s * 1e3:.2f} ms "
         f"(slowest {max(whole[WARM_STEPS:]) * 1e3:.2f}), host {host_s * 1e3:.2f} ms, cache "
         f"{held / 1e9:.2f} GB, peak {peak / 1e9:.1f} GB, filled in {filled_s:.1f} s"
         + (f"; {beside}" if beside else ""),
@@ -211,9 +220,7 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    arguments.add_argument(
-        "--caches", nargs="+", choices=["dynamic", "static", "kvarn"], default=["dynamic", "static", "kvarn"]
-    )
+    arguments.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     arguments.add_argument("--steps", type=int, default=24)
     arguments.add_argument("--preset", default="kvarn_k4v2_g128")
     arguments.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
@@ -231,7 +238,7 @@ def main():
         for batch in batches:
             dense = {}
             # The peers come first, so that the row of kvarn can name the ratios.
-            for name in sorted(arguments.caches, key=["dynamic", "static", "kvarn"].index):
+            for name in sorted(arguments.caches, key=CACHES.index):
                 with report.part(f"{context} tokens, batch {batch}, {name}"):
                     try:
                         cache_row(

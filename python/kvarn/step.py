@@ -24,8 +24,8 @@ __all__ = ["Step"]
 
 # Query columns of a sequence (new tokens times query heads per KV head) up to which the fused kernel attends.
 # It reads what is stored once for 16 columns; for more it is cheaper to expand it once:
-# tests/gpu/check_long.py times both. With a window or a softcap the dense way is slower for long, and only saves
-# the room of the fused kernel's partial results.
+# tests/gpu/check_long.py times both. With a window or a softcap the dense way is slower for long, and only
+# saves the room of the fused kernel's partial results.
 _FUSED_COLUMNS = 2048
 _FUSED_COLUMNS_WITH_OPTIONS = 16384
 

@@ -35,7 +35,7 @@ impl Workspaces {
             return Ok(found.clone());
         }
         let counters = counters.next_power_of_two().max(1_024);
-        let made = Workspace::new(self.device, counters, (counters * 4 + bytes).next_power_of_two())?;
+        let made = Workspace::new(self.device, counters, bytes.next_power_of_two())?;
         by_stream.insert(stream, made.clone());
         Ok(made)
     }
@@ -44,10 +44,14 @@ impl Workspaces {
 impl Workspace {
     /// A workspace that nobody else uses, for so many counters and bytes of partial results.
     pub(crate) fn own(device: &'static Device, counters: usize, bytes: usize) -> Result<Self, Error> {
-        Self::new(device, counters, counters * 4 + bytes)
+        Self::new(device, counters, bytes)
     }
 
+    /// `bytes` are those behind the counters.
     fn new(device: &'static Device, counters: usize, bytes: usize) -> Result<Self, Error> {
+        // Results are read 16 bytes at a time.
+        let counters = counters.next_multiple_of(4);
+        let bytes = counters * 4 + bytes;
         Ok(Self { memory: DeviceMemory::allocate(device, bytes, "attention workspace")?, counters })
     }
 
