@@ -30,8 +30,8 @@ struct AttendMemory {
   static constexpr int warps = 4 * buffers <= 208 * 1024 ? 4 : 2;
   static constexpr int fragments = warps * buffers;
   static constexpr int ahead = 4;  // descriptions: of the piece at work, of two behind it, and of the last one
-  static constexpr int works = fragments + NT * (L::D / 16) * 512, units = works + (ahead * int(sizeof(Share)) + 15) / 16 * 16;
-  static constexpr int flag = units + 4 + 8 * NT * 4;
+  static constexpr int works = fragments + NT * (L::D / 16) * 512, largest = works + (ahead * int(sizeof(Share)) + 15) / 16 * 16;
+  static constexpr int flag = largest + 4 * (8 * NT + 1);
   static constexpr int bytes = (flag + 4 + 15) / 16 * 16;
 };
 
@@ -204,7 +204,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
     const Item& item = work.first;
     if (i == 0) fetch_words_wait();
     if (i == begun)
-      make_fragments<L, NT, M::warps>(p, item, work.head, reinterpret_cast<float*>(memory + M::units),
+      make_fragments<L, NT, M::warps>(p, item, work.head, reinterpret_cast<float*>(memory + M::largest),
                                       reinterpret_cast<uint32_t*>(memory + M::fragments));
     describe_next(i + 1);
 
@@ -217,7 +217,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
       for (int d = 0; d < L::D / 16; d++)
 #pragma unroll
         for (int j = 0; j < 4; j++) O[b][d][j] = 0;
-    const float query_unit = *reinterpret_cast<const float*>(memory + M::units);
+    const float query_unit = reinterpret_cast<const float*>(memory + M::largest)[8 * NT];
     if (item.tiles > 0) {
       attend_records<L, NT>(reader, i, query_unit, softmax, O);
       leave_results<L, NT, true>(reader, softmax, O);

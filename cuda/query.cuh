@@ -66,15 +66,14 @@ __device__ __forceinline__ void store_elements(uint16_t* at, int dtype, const fl
 }
 
 // Lays a query block out as B fragments, [NT][D / 16][32 lanes] of 16 bytes: for each k step its two k halves, times 2^-place
-// of their codes, rounded to half, and behind them what the rounding left, in half. And at `unit` what undoes the common
-// power of two. All threads call; `unit` holds 1 + 8 NT floats. A barrier comes last within.
+// of their codes, rounded to half, and behind them what the rounding left, in half. Behind the 8 NT floats of `largest` comes
+// what undoes the common power of two. All threads call. A barrier comes last within.
 template <class L, int NT, int Warps>
-__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* unit, uint32_t* fragments) {
+__device__ __forceinline__ void make_fragments(const AttendParams& p, const Item& item, int head, float* largest, uint32_t* fragments) {
   constexpr int D = L::D;
   const Vectors<D> at;
   constexpr int each = (8 * NT + Warps * at.per_warp - 1) / (Warps * at.per_warp);
   const int first = threadIdx.x / 32 * at.per_warp + at.vector, columns = item.query_tokens * p.group;
-  float* largest = unit + 1;
   float x[each][8];
 #pragma unroll
   for (int n = 0; n < each; n++) {
@@ -106,7 +105,7 @@ __device__ __forceinline__ void make_fragments(const AttendParams& p, const Item
   // Zeros, infinities and what would leave float32 behind: any shift will do.
   const int shift = min(max(10 - (int(__float_as_uint(m) >> 23) - 127), -100), 100);
   const float factor = power_of_two(shift);
-  if (threadIdx.x == 0) *unit = power_of_two(-shift);
+  if (threadIdx.x == 0) largest[8 * NT] = power_of_two(-shift);
   const int step = at.channel / 16, half = at.channel / 8 % 2;
 #pragma unroll
   for (int n = 0; n < each; n++) {

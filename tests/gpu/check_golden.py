@@ -77,8 +77,8 @@ def check_cpu_records(case, records):
         expected = [torch.from_numpy(rows(both_heads(x))).to(DEVICE).double() for x in decoded]
         for name, got, want in zip("kv", pool.expand(sequence, 0, rotated), expected, strict=True):
             COUNTS.expanded += want.numel()
-            # Half an ulp of half for the rounding, and tensor cores' sums, which lose bits where zero points and
-            # codes nearly cancel: in a tile with one large token.
+            # Half an ulp of half for the rounding, and tensor cores' sums, which lose bits where zero points
+            # and codes nearly cancel: in a tile with one large token.
             tolerance = 2.0**-11 * want.abs() + 2e-4 * want.abs().amax(-1, keepdim=True) + 3e-8
             bad = ~((got.double() - want).abs() <= tolerance)
             if bad.any():

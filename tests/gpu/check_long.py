@@ -2,7 +2,7 @@
 
 Chunks beyond a few query columns are attended by expanding what is stored and dense attention. Checked
 against float64 over what the pool stores, beside the fused kernel at the same chunks, and bit by bit: the
-same call twice, alone and in a batch, in a graph. Then both ways are timed, so that the number of columns
+same call twice, alone and in a batch. Then both ways are timed, so that the number of columns
 can be chosen from which the dense way is taken. Ends with counts; the exit status is 1 if anything failed.
 """
 
@@ -186,8 +186,9 @@ def check_fused_and_dense():
         COUNTS.cases += 1
 
 
+@fused_up_to(DENSE)
 def check_bits():
-    """Repeated, in a batch, in a graph: the same bits. NaN in one head of one query stays there."""
+    """Repeated, in a batch: the same bits. No capture. NaN in one head of one query stays there."""
     options = {"window": 700, "sink_logits": torch.linspace(-2, 2, 8, device=DEVICE)}
     pool, (a, b, c) = filled(1_500, kv=2, heads=8, batch=3)
     random = torch.Generator(device=DEVICE).manual_seed(1)
@@ -220,17 +221,12 @@ def check_bits():
     if not torch.equal(out, one):
         COUNTS.fail("a NaN in a query spread")
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = alone.attend(0, q, **options)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = alone.attend(0, q, **options)
-        captured.fill_(math.nan)
-        graph.replay()
-        torch.cuda.synchronize()
-    if not (torch.equal(eager, captured) and torch.equal(eager, one)):
-        COUNTS.fail("dense attention in a graph and eager differ")
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            alone.attend(0, q, **options)
+        COUNTS.fail("dense attention was captured: a replay would read the tables of another step")
+    except kvarn.CudaError:
+        pass
     alone.abandon()
     batch.abandon()
     COUNTS.cases += 1

@@ -432,6 +432,14 @@ impl Step {
         v: &DeviceTensor,
         stream: Stream,
     ) -> Result<(), Error> {
+        let _current = self.pool.device().enter()?;
+        if self.recording(stream)? {
+            return Err(Error::Capturing {
+                what: "expand",
+                expected: "append and attend, whose arrays every replay sends again",
+                fix: "expand outside of the capture",
+            });
+        }
         self.open.read(layer, |at, appended| {
             let view = self.open.view(index, appended)?;
             let tokens = check_expand_on_device(at, view, first, k, v)?;
@@ -442,7 +450,7 @@ impl Step {
             let same = |(at, after, tables): &(usize, bool, SentTables)| {
                 (*at, *after, tables.stream()) == (index, appended, stream)
             };
-            // Sent once for all layers: then a captured graph can hold the launch.
+            // Sent once for all layers.
             let found = if let Some(found) = sent.iter().position(same) {
                 found
             } else {
