@@ -1,6 +1,6 @@
 // Attention over records and slots: rotation of queries and outputs, sinks and tail, all in one launch per layer.
 //
-// Thread blocks of four warps (two where a record is so large that four do not fit), as many as the device holds at a
+// Thread blocks of four warps (two or one where records are so large that four do not fit), as many as the device holds at a
 // time. Each does its share of the work, piece by piece (plan: crates/kvarn-cuda/src/plan.rs). A piece is a run of record
 // tiles of one sequence, or one slot, for a block of up to 8 NT query columns and one KV head. In a record item the warps
 // take turns at the tiles: K and V of a warp's next tile are under way while it works (fetch.cuh), one buffer each, across
@@ -21,18 +21,36 @@ namespace kvarn {
 
 constexpr int kItemWords = sizeof(Item) / 4, kShareWords = sizeof(Share) / 4;
 
+// Bytes of shared memory that a block can have.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kMostShared = 227 * 1024;
+#elif __CUDA_ARCH__ == 800
+constexpr int kMostShared = 163 * 1024;
+#else
+constexpr int kMostShared = 99 * 1024;
+#endif
+
+// Shared memory of a block. It has four warps, or as many as there is room for: the host asks the kernel.
 template <class L, int NT>
 struct AttendMemory {
   static constexpr int keys = L::key_end, value_bytes = L::value_end - L::value_codes;
   static constexpr int results = WarpResults<L::D, NT>::bytes;
   static constexpr int values = value_bytes > results ? value_bytes : results;
   static constexpr int barriers = keys + values, buffers = barriers + 16;  // of one warp
-  static constexpr int warps = 4 * buffers <= 208 * 1024 ? 4 : 2;
-  static constexpr int fragments = warps * buffers;
   static constexpr int ahead = 4;  // descriptions: of the piece at work, of two behind it, and of the last one
-  static constexpr int works = fragments + NT * (L::D / 16) * 512, largest = works + (ahead * int(sizeof(Share)) + 15) / 16 * 16;
+  static constexpr int query_bytes = NT * (L::D / 16) * 512, work_bytes = (ahead * int(sizeof(Share)) + 15) / 16 * 16;
+  static constexpr int rest = (query_bytes + work_bytes + 4 * (8 * NT + 2) + 15) / 16 * 16;
+  static constexpr int warps = 4 * buffers + rest <= kMostShared ? 4 : 2 * buffers + rest <= kMostShared ? 2 : 1;
+  static constexpr int fragments = warps * buffers, works = fragments + query_bytes, largest = works + work_bytes;
   static constexpr int flag = largest + 4 * (8 * NT + 1);
-  static constexpr int bytes = (flag + 4 + 15) / 16 * 16;
+  static constexpr int bytes = fragments + rest;
+  static_assert(bytes <= kMostShared, "one warp fits");
+
+  // Blocks per multiprocessor that the register budget is set for: no more than there is memory for, which is 1 KB more
+  // than a block can have, as each takes 1 KB more than it asks for.
+  static constexpr int by_memory = (kMostShared + 1024) / (bytes + 1024);
+  static constexpr int by_registers = NT == 1 && (L::D == 64 || L::D == 128) ? 3 : 2;
+  static constexpr int blocks = by_memory < by_registers ? by_memory : by_registers;
 };
 
 // The piece behind a piece of the same share in the order of all work, to `index` and `head`.
@@ -172,8 +190,11 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   const Share* mine = p.shares + blockIdx.x;
   Reader<L, NT> reader(p, memory);
   const auto copy = [&](void* to, const void* from, int words) {
-    if (threadIdx.x < words)
-      fetch_word(static_cast<int32_t*>(to) + threadIdx.x, static_cast<const int32_t*>(from) + threadIdx.x);
+#pragma unroll
+    for (int first = 0; first < kShareWords; first += 32 * M::warps) {
+      const int word = first + threadIdx.x;
+      if (word < words) fetch_word(static_cast<int32_t*>(to) + word, static_cast<const int32_t*>(from) + word);
+    }
   };
   // Describes the piece behind piece `i`, which is described and seen by all.
   const auto describe_next = [&](int i) {
@@ -247,13 +268,10 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
 
 }  // namespace kvarn
 
-// Blocks per multiprocessor that the register budget is set for.
-#define KVARN_ATTEND_BLOCKS(D, NT) ((NT) == 1 && ((D) == 64 || (D) == 128) ? 3 : 2)
-
 // The entry point of one configuration.
-#define KVARN_ATTEND(D, G, K, V, NT)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(32 * kvarn::AttendMemory<kvarn::Layout<D, G, K, V>, NT>::warps,            \
-                                               KVARN_ATTEND_BLOCKS(D, NT))                                                \
-      kvarn_attend_d##D##_g##G##_k##K##v##V##_n##NT(const __grid_constant__ kvarn::AttendParams p) {                      \
-    kvarn::attend<kvarn::Layout<D, G, K, V>, NT>(p);                                                                      \
+#define KVARN_ATTEND(D, G, K, V, NT)                                                                                \
+  extern "C" __global__ void __launch_bounds__(32 * kvarn::AttendMemory<kvarn::Layout<D, G, K, V>, NT>::warps,      \
+                                               kvarn::AttendMemory<kvarn::Layout<D, G, K, V>, NT>::blocks)          \
+      kvarn_attend_d##D##_g##G##_k##K##v##V##_n##NT(const __grid_constant__ kvarn::AttendParams p) {                \
+    kvarn::attend<kvarn::Layout<D, G, K, V>, NT>(p);                                                                \
   }

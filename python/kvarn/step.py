@@ -181,7 +181,7 @@ class Step:
         return out if lse is None else (out, lse)
 
     def _query_columns(self, layer: int, q: Any) -> int:
-        """Most query columns of a sequence; 0 where the arguments do not fit, which the kernel's side tells."""
+        """Most query columns of a sequence; 0 where the arguments do not fit, which the call will tell."""
         if not 0 <= layer < len(self._layers) or len(q.shape) != 3:
             return 0
         return int(max(self._counts, default=0) * (q.shape[1] // self._layers[layer][0]))

@@ -31,6 +31,8 @@ pub(crate) struct SentAttend {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub kernel: Kernel,
+    /// Dynamic shared memory of the launch.
+    pub shared: u32,
     pub grid: Grid,
     pub cost: Cost,
     /// As of [`SentAppend`].

@@ -59,10 +59,6 @@ pub(crate) fn append_shared(head_dim: usize, group: usize) -> u32 {
 pub(crate) struct AttendGeometry {
     /// Blocks of eight query columns (NT).
     pub blocks: usize,
-    /// Threads of a block.
-    pub threads: u32,
-    /// Dynamic shared memory.
-    pub shared: u32,
 }
 
 impl AttendGeometry {
@@ -73,29 +69,29 @@ impl AttendGeometry {
         if group > 8 * most {
             return None;
         }
-        let blocks = if columns <= 8 { 1 } else { most };
-        let layout = config.layout();
+        Some(Self { blocks: if columns <= 8 { 1 } else { most } })
+    }
+
+    /// Dynamic shared memory of a block of so many warps, which is what the kernel was compiled for: as in `AttendMemory` of
+    /// `cuda/attend.cuh`, per warp K, V or results, barriers; then fragments, four descriptions of work, a unit and a word for
+    /// each column, a flag.
+    pub(crate) fn shared(self, config: &Config, warps: usize) -> u32 {
+        let (d, layout) = (config.head_dim(), config.layout());
         let keys = layout.key.column_scale.end - layout.key.codes.start;
         let values = layout.value.row_zero.end - layout.value.codes.start;
-        // As in `AttendMemory` of `cuda/attend.cuh`: per warp K, V or results, barriers; then fragments,
-        // four descriptions of work, units, one word.
-        let d = config.head_dim();
-        let buffers = keys + values.max(8 * blocks * (d + 4) * 4) + 16;
-        let warps = if 4 * buffers <= 208 * 1024 { 4 } else { 2 };
-        let works = 4 * 4 * SHARE_WORDS;
-        let words = 4 * (1 + 8 * blocks) + 4;
-        let fragments = blocks * (d / 16) * 512;
-        let shared = (warps * buffers + fragments + works + words).next_multiple_of(16);
-        Some(Self { blocks, threads: 32 * warps as u32, shared: shared as u32 })
+        let buffers = keys + values.max(8 * self.blocks * (d + 4) * 4) + 16;
+        let fragments = self.blocks * (d / 16) * 512;
+        let rest = (fragments + 4 * 4 * SHARE_WORDS + 4 * (8 * self.blocks + 2)).next_multiple_of(16);
+        (warps * buffers + rest) as u32
     }
 
     /// Query tokens of one pass.
-    pub(crate) const fn query_tokens(&self, group: usize) -> usize {
+    pub(crate) const fn query_tokens(self, group: usize) -> usize {
         8 * self.blocks / group
     }
 
     /// Name of the kernel.
-    pub(crate) fn name(&self, config: &Config) -> String {
+    pub(crate) fn name(self, config: &Config) -> String {
         let (k, v) = (config.key_bits().get(), config.value_bits().get());
         format!("kvarn_attend_d{}_g{}_k{k}v{v}_n{}", config.head_dim(), config.group(), self.blocks)
     }

@@ -11,7 +11,7 @@ use kvarn::pool::{Layer, LayerShape, PoolCore, PoolError, PoolLayout, check_expa
 use kvarn::tables::{SequenceId, SequenceView, StepPlan};
 use kvarn::{Config, DType};
 
-use crate::geometry::{self, AttendGeometry};
+use crate::geometry;
 use crate::params::{AppendParams, Cache, ExpandParams};
 use crate::tensor::dtype_number;
 use crate::upload::{Array, StepBuffer, StepBuffers, Words};
@@ -280,13 +280,13 @@ impl Pool {
         &self.workspaces
     }
 
-    /// Thread blocks of an attention kernel that the device holds at a time: its grid.
-    pub(crate) fn resident(&self, kernel: &Kernel, geometry: &AttendGeometry) -> Result<usize, Error> {
+    /// Thread blocks of an attention kernel that the device holds at a time.
+    pub(crate) fn resident(&self, kernel: &Kernel, shared: u32) -> Result<usize, Error> {
         let mut known = self.resident.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&(.., blocks)) = known.iter().find(|(name, _)| *name == kernel.name()) {
             return Ok(blocks);
         }
-        let each = kernel.blocks_per_multiprocessor(geometry.threads, geometry.shared)?;
+        let each = kernel.blocks_per_multiprocessor(kernel.threads(), shared)?;
         let blocks = (each * self.device.limits().multiprocessors) as usize;
         known.push((kernel.name(), blocks));
         Ok(blocks)
@@ -357,6 +357,16 @@ impl LayerKernels {
             device.kernel(&format!("kvarn_append_d{head_dim}_g{group}"), &[size_of::<AppendParams>()])?;
         let expand =
             device.kernel(&format!("kvarn_expand_d{head_dim}_g{group}"), &[size_of::<ExpandParams>()])?;
+        let (needs, has) = (geometry::append_shared(head_dim, group), append.dynamic_shared());
+        if needs > has {
+            return Err(Error::Unsupported {
+                what: "tile",
+                got: format!(
+                    "{group} tokens of head_dim {head_dim}, for which a block needs {needs} bytes of shared memory"
+                ),
+                expected: format!("at most the {has} bytes of cuda:{}", device.index()),
+            });
+        }
         Ok(Self { append, expand })
     }
 }

@@ -249,7 +249,7 @@ impl Step {
                 most_tokens,
             };
             let mut sent = self.arrays.attend();
-            let sent = self.sent_attend(&mut sent, at, &geometry, key, stream, recording)?;
+            let sent = self.sent_attend(&mut sent, at, geometry, key, stream, recording)?;
             let sinks = at.config.sink_tokens();
             let results = sent.workspace.results();
             let mut params = AttendParams {
@@ -273,10 +273,10 @@ impl Step {
                 softcap: settings.softcap.unwrap_or(0.0),
             };
             let grid = [sent.thread_blocks() as u32, 1, 1];
-            let block = [geometry.threads, 1, 1];
+            let block = [sent.kernel.threads(), 1, 1];
             let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
             // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
-            unsafe { launch_in(&current, &sent.kernel, grid, block, geometry.shared, stream, parameters) }
+            unsafe { launch_in(&current, &sent.kernel, grid, block, sent.shared, stream, parameters) }
         };
         if recording { self.open.record_read(layer, work) } else { self.open.read(layer, work) }
     }
@@ -312,7 +312,7 @@ impl Step {
         &self,
         sent: &'a mut Vec<SentAttend>,
         at: &Layer,
-        geometry: &AttendGeometry,
+        geometry: AttendGeometry,
         key: AttendKey,
         stream: Stream,
         recording: bool,
@@ -342,7 +342,7 @@ impl Step {
     fn new_attend(
         &self,
         at: &Layer,
-        geometry: &AttendGeometry,
+        geometry: AttendGeometry,
         key: AttendKey,
         stream: Stream,
     ) -> Result<SentAttend, Error> {
@@ -350,7 +350,8 @@ impl Step {
         let arrays = AttendPlan::new(self.open.plan(), rule, key);
         let (kv_heads, head_dim, columns) = (at.shape.kv_heads, at.shape.head_dim, arrays.columns);
         let kernel = self.pool.device().kernel(&geometry.name(&at.config), &[size_of::<AttendParams>()])?;
-        let resident = self.pool.resident(&kernel, geometry)?;
+        let shared = geometry.shared(&at.config, kernel.threads() as usize / 32);
+        let resident = self.pool.resident(&kernel, shared)?;
         let most = self.shape.as_ref().map(|shape| shape.items(rule, key));
         let (item_count, parts) = most.map_or((arrays.count(), arrays.parts), |most| (most, most));
         let cost = Cost { record: at.config.layout().record_bytes as u64, token: 4 * head_dim as u64 };
@@ -374,6 +375,7 @@ impl Step {
             kv_heads,
             head_dim,
             kernel,
+            shared,
             grid,
             cost,
             sent,

@@ -225,6 +225,11 @@ fn a_pool_that_cannot_be_made_leaves_nothing() {
 }
 
 #[test]
+fn a_device_with_too_little_shared_memory_is_told() {
+    run_steps("tile_too_large", &[("DOUBLE_SHARED", "12288")]);
+}
+
+#[test]
 fn an_attention_without_workspace_can_be_tried_again() {
     run_steps("attend_without_memory", &[("DOUBLE_FAIL", "cuMemAlloc_v2:3:2")]);
 }

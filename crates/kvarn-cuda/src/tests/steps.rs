@@ -431,6 +431,18 @@ fn pool_without_memory() {
 
 #[test]
 #[ignore = "needs the double"]
+fn tile_too_large() {
+    let error = made(16, 16, PoolOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Value);
+    assert_eq!(
+        error.to_string(),
+        "tile 64 tokens of head_dim 64, for which a block needs 14656 bytes of shared memory on CUDA: expected at most the \
+         11264 bytes of cuda:0; use the CPU, or another configuration"
+    );
+}
+
+#[test]
+#[ignore = "needs the double"]
 fn attend_without_memory() {
     let pool = pool();
     let sequence = pool.core().create();

@@ -141,7 +141,7 @@ api! {
         *value = match attribute {
             75 => capability / 10,
             76 => capability % 10,
-            97 => 227 << 10,
+            97 => number("DOUBLE_SHARED", 227 << 10) as i32,
             102 => number("DOUBLE_MAPPING", 1) as i32,
             _ => 132,
         };
@@ -297,8 +297,9 @@ api! {
         *name = kernels()[(kernel - FIRST_KERNEL) as usize].0.as_ptr();
         0
     }
-    cuKernelGetAttribute(value: *mut i32, attribute: i32, _kernel: u64, _device: i32) {
-        *value = match attribute { 0 => 1024, 1 => 1 << 10, 4 => 32, _ => 0 };
+    cuKernelGetAttribute(value: *mut i32, attribute: i32, kernel: u64, _device: i32) {
+        let attends = kernels()[(kernel - FIRST_KERNEL) as usize].0.to_bytes().starts_with(b"kvarn_attend");
+        *value = match attribute { 0 => if attends { 128 } else { 1024 }, 1 => 1 << 10, 4 => 32, _ => 0 };
         0
     }
     cuKernelSetAttribute(_attribute: i32, _value: i32, _kernel: u64, _device: i32) { 0 }
