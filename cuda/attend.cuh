@@ -1,10 +1,10 @@
 // Attention over records and slots: rotation of queries and outputs, sinks and tail, all in one launch per layer.
 //
-// Thread blocks of four warps (two or one where records are so large that four do not fit), as many as the device holds at a
-// time. Each does its share of the work, piece by piece (plan: crates/kvarn-cuda/src/plan.rs). A piece is a run of record
-// tiles of one sequence, or one slot, for a block of up to 8 NT query columns and one KV head. In a record item the warps
-// take turns at the tiles: K and V of a warp's next tile are under way while it works (fetch.cuh), one buffer each, across
-// the border of pieces too. In a slot item they take turns at its quarters.
+// Thread blocks of four warps (two or one where records are so large that four do not fit), one for each share of the work,
+// which it does piece by piece (crates/kvarn-cuda/src/{plan,share}.rs). A piece is a run of record tiles of one sequence, or
+// one slot, for a block of up to 8 NT query columns and one KV head. In a record item the warps take turns at the tiles: K
+// and V of a warp's next tile are under way while it works (fetch.cuh), one buffer each, across the border of pieces too.
+// In a slot item they take turns at its quarters.
 //
 // Descriptions of pieces come two pieces ahead. Queries are rotated and laid out once per query block and head, which a
 // share meets one after the other. Between pieces the warps' results are merged in the V buffers, which are free then: K

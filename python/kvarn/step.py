@@ -139,8 +139,7 @@ class Step:
         """Attention of the step's queries over what is stored, causal by position.
 
         On CUDA, sequences with many new tokens are attended by expanding what is stored, a part at a time,
-        and dense attention in 16 bit. A call that is to be captured in a graph must have run before, in its
-        step and on its stream.
+        and dense attention in 16 bit, which cannot be captured in a graph. For what can: `Pool.static_arrays`.
 
         Args:
             layer: The layer.
@@ -162,6 +161,7 @@ class Step:
             ShapeError: A shape or a number does not fit, or no such layer.
             DTypeError: A type is not supported.
             StateError: The step is finished or abandoned.
+            CudaError: A capture without static arrays, or of a long chunk; CUDA failed.
         """
         out = empty_like("q", q)
         lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
