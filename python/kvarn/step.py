@@ -12,7 +12,7 @@ from kvarn._arrays import Array, empty, empty_like
 from kvarn._device import current_stream, default_like, refuse_non_finite
 from kvarn._kvarn import Memory
 from kvarn.codec import EncodeCounts
-from kvarn.errors import CudaError, DeviceError, ShapeError
+from kvarn.errors import DeviceError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +28,6 @@ __all__ = ["Step"]
 # saves the room of the fused kernel's partial results.
 _FUSED_COLUMNS = 2048
 _FUSED_COLUMNS_WITH_OPTIONS = 16384
-
-
-def _refuse_capture(columns: int, most: int) -> None:
-    # torch is there: the queries are torch tensors.
-    import torch
-
-    if torch.cuda.is_current_stream_capturing():
-        raise CudaError(
-            f"{columns} query columns of a sequence during a capture: expected at most {most}, as longer "
-            "chunks are attended densely, which reads what a replay does not send; capture shorter steps"
-        )
 
 
 class Step:
@@ -139,7 +128,7 @@ class Step:
         """Attention of the step's queries over what is stored, causal by position.
 
         On CUDA, sequences with many new tokens are attended by expanding what is stored, a part at a time,
-        and dense attention in 16 bit, which cannot be captured in a graph. For what can: `Pool.static_arrays`.
+        and dense attention in 16 bit, which cannot be captured in a graph. What can: `Pool.static_arrays`.
 
         Args:
             layer: The layer.
@@ -172,19 +161,9 @@ class Step:
             most_columns = (
                 _FUSED_COLUMNS if window is None and softcap is None else _FUSED_COLUMNS_WITH_OPTIONS
             )
-            columns = self._query_columns(layer, q)
-            if columns > most_columns:
-                _refuse_capture(columns, most_columns)
-            self._step.attend(layer, q, out, lse, *options, most_columns)
-            if columns > most_columns:
+            if self._step.attend(layer, q, out, lse, *options, most_columns):
                 self._attend_densely(self._step, layer, q, out, lse, *options, most_columns)
         return out if lse is None else (out, lse)
-
-    def _query_columns(self, layer: int, q: Any) -> int:
-        """Most query columns of a sequence; 0 where the arguments do not fit, which the call will tell."""
-        if not 0 <= layer < len(self._layers) or len(q.shape) != 3:
-            return 0
-        return int(max(self._counts, default=0) * (q.shape[1] // self._layers[layer][0]))
 
     def _attend_densely(
         self,

@@ -201,6 +201,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::params::ITEM_WORDS;
     use crate::plan::{AppendPlan, AttendPlan};
     use crate::share::shares;
 
@@ -270,6 +271,9 @@ mod tests {
                     let key = AttendKey { appended, group: 2, query_tokens, window: usize::MAX, most_tokens: usize::MAX };
                     let arrays = AttendPlan::new(&plan, &rule, key);
                     prop_assert!(arrays.count() <= shape.items(&rule, key) && arrays.parts <= shape.items(&rule, key));
+                    let cost = Cost { record: 3_000, token: 256 };
+                    let items = arrays.items.chunks_exact(ITEM_WORDS);
+                    prop_assert!(items.map(|item| cost.of_item(item)).sum::<u64>() <= shape.cost(&rule, key, cost));
                 }
                 tables.finish(plan.id).unwrap();
             }

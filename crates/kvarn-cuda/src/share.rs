@@ -24,7 +24,7 @@ impl Cost {
     }
 
     /// Of the item with these words.
-    fn of_item(self, item: &[i32]) -> u64 {
+    pub(crate) fn of_item(self, item: &[i32]) -> u64 {
         self.of(1, item[1] as usize, item[3] as usize)
     }
 }

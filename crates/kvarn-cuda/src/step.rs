@@ -204,7 +204,7 @@ impl Step {
     /// Attention of `q` `[tokens, heads, head_dim]` over what is stored, to `out` of the same shape and type, in one launch
     /// on `stream`. `sink_logits`, float32 `[heads]`, and `lse`, float32 `[tokens, heads]`, are device addresses with their
     /// lengths. Sequences with more query columns (new tokens times query heads per KV head) than `most_columns` are left
-    /// out: their rows of `out` and `lse` are not written.
+    /// out: their rows of `out` and `lse` are not written. Returns whether there are such.
     ///
     /// # Safety
     /// `sink_logits` and `lse` lie in memory of the pool's device until the work has run.
@@ -219,7 +219,7 @@ impl Step {
         lse: Option<(u64, usize)>,
         most_columns: usize,
         stream: Stream,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let plan = self.open.plan();
         let current = self.pool.device().enter()?;
         let recording = self.recording(stream)?;
@@ -230,10 +230,18 @@ impl Step {
             check_type("q", q, None, 2)?;
             check_type("out", out, Some(q.dtype()), 2)?;
             let most_tokens = most_columns / settings.group;
-            let counts = plan.sequences.iter().map(|sequence| sequence.count);
-            let most = counts.filter(|&count| count <= most_tokens).max().unwrap_or(0);
+            let counts = || plan.sequences.iter().map(|sequence| sequence.count);
+            let left_out = counts().any(|count| count > most_tokens);
+            if recording && left_out {
+                return Err(Error::Capturing {
+                    what: "attend to a long chunk",
+                    expected: "chunks that one kernel attends to, as more would read what no replay sends",
+                    fix: "capture shorter steps",
+                });
+            }
+            let most = counts().filter(|&count| count <= most_tokens).max().unwrap_or(0);
             if most == 0 {
-                return Ok(());
+                return Ok(left_out);
             }
             let geometry = AttendGeometry::new(&at.config, settings.group, settings.group * most);
             let geometry = geometry.ok_or_else(|| Error::Unsupported {
@@ -276,7 +284,8 @@ impl Step {
             let block = [sent.kernel.threads(), 1, 1];
             let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
             // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
-            unsafe { launch_in(&current, &sent.kernel, grid, block, sent.shared, stream, parameters) }
+            unsafe { launch_in(&current, &sent.kernel, grid, block, sent.shared, stream, parameters) }?;
+            Ok(left_out)
         };
         if recording { self.open.record_read(layer, work) } else { self.open.read(layer, work) }
     }

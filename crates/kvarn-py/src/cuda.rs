@@ -183,7 +183,7 @@ impl CudaStep {
     }
 
     /// Attention of `q` over what is stored, to `out`, and `lse` if given; without the rows of sequences that have more than
-    /// `most_columns` query columns.
+    /// `most_columns` query columns: returns whether there are such.
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python method")]
     fn attend(
         &self,
@@ -198,7 +198,7 @@ impl CudaStep {
         sink_logits: Option<&Bound<'_, PyAny>>,
         rotated: bool,
         most_columns: usize,
-    ) -> PyResult<()> {
+    ) -> PyResult<bool> {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let window = window.map(|window| natural(py, Class::Shape, "window", window)).transpose()?;
         let device = self.device();

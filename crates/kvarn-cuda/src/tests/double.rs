@@ -200,6 +200,11 @@ fn what_cannot_be_captured_is_told_before_a_launch() {
 }
 
 #[test]
+fn long_chunks_are_left_out() {
+    run_steps("long_chunks_left_out", &[]);
+}
+
+#[test]
 fn static_arrays_are_used_by_one_step_at_a_time() {
     run_steps("static_arrays_refused", &[]);
 }

@@ -55,7 +55,9 @@ fn append(step: &Step, layer: usize, stream: Stream) -> Result<(), Error> {
 fn attend(step: &Step, layer: usize, stream: Stream) -> Result<(), Error> {
     let q = tensor(step.open().plan().tokens, 2 * KV_HEADS);
     // SAFETY: no logits and no denominators.
-    unsafe { step.attend(layer, &q, &AttendOptions::default(), None, &q, None, usize::MAX, stream) }
+    let left_out =
+        unsafe { step.attend(layer, &q, &AttendOptions::default(), None, &q, None, usize::MAX, stream) };
+    left_out.map(|any| assert!(!any))
 }
 
 /// Every layer, eagerly or into a capture.
@@ -287,6 +289,39 @@ fn capture_refused() {
     append(&step, 0, CAPTURING).unwrap();
     attend(&step, 0, CAPTURING).unwrap();
     assert_eq!(books("double_launches"), launched + 2);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn long_chunks_left_out() {
+    let pool = pool();
+    let sequences = [pool.core().create(), pool.core().create()];
+    let attend_up_to = |step: &Step, columns, stream| {
+        let q = tensor(step.open().plan().tokens, 2 * KV_HEADS);
+        // SAFETY: no logits and no denominators.
+        unsafe { step.attend(0, &q, &AttendOptions::default(), None, &q, None, columns, stream) }
+    };
+    let step = pool.step(&sequences, &[1, 4], &[0, 0], None).unwrap();
+    append(&step, 0, STREAM).unwrap();
+    let first = books("double_launches");
+    // Two query heads for each KV head.
+    assert!(!attend_up_to(&step, 8, STREAM).unwrap());
+    assert!(attend_up_to(&step, 7, STREAM).unwrap());
+    assert_eq!((positions(first).len(), positions(first + 1)), (2, vec![0]));
+    assert!(attend_up_to(&step, 1, STREAM).unwrap());
+    assert_eq!(books("double_launches"), first + 2, "nothing is left to launch");
+    drop(step);
+
+    let arrays = StaticArrays::new(&pool, &[1, 4], 4 * G).unwrap();
+    let step = pool.step(&sequences, &[1, 4], &[0, 0], Some(&arrays)).unwrap();
+    let launches = books("double_launches");
+    let error = attend_up_to(&step, 7, CAPTURING).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "attend to a long chunk during a capture: expected chunks that one kernel attends to, as more would read what no \
+         replay sends; capture shorter steps"
+    );
+    assert_eq!(books("double_launches"), launches);
 }
 
 #[test]
