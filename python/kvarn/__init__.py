@@ -8,6 +8,7 @@ Source of the method: KVarN, arXiv 2606.03458.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvarn._capacity import Capacity, capacity
 from kvarn._device import warmup
 from kvarn._kvarn import __version__
 from kvarn.codec import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from kvarn.integrations.transformers import KVarNCache
 
 __all__ = [
+    "Capacity",
     "CapacityError",
     "Config",
     "ConfigError",
@@ -64,6 +66,7 @@ __all__ = [
     "Step",
     "TensorError",
     "__version__",
+    "capacity",
     "decode",
     "encode",
     "from_published",

@@ -11,16 +11,16 @@ meanwhile.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty
 from kvarn._device import cuda_index, default_like
 from kvarn._kvarn import Config, Memory, Sequence, StaticArrays, Stats
-from kvarn.errors import DeviceError, DTypeError, ShapeError
+from kvarn._layers import LayerShape, layer_shapes, slot_dtype
+from kvarn.errors import DeviceError, DTypeError
 from kvarn.step import Step, tokens_to_expand
 
 if TYPE_CHECKING:
@@ -28,18 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["LayerShape", "Pool", "Sequence", "StaticArrays", "Stats", "Step"]
-
-
-class LayerShape(NamedTuple):
-    """What one layer caches per token.
-
-    Attributes:
-        kv_heads: KV heads.
-        head_dim: Channels of a head, a multiple of 16 from 16 to 256.
-    """
-
-    kv_heads: int
-    head_dim: int
 
 
 class Pool:
@@ -101,8 +89,8 @@ class Pool:
         self._cuda = cuda_index(device)
         self.device = "cpu" if self._cuda is None else f"cuda:{self._cuda}"
         self.cfg = cfg
-        self.dtype = _slot_dtype(dtype)
-        shapes = _layer_shapes(layers, kv_heads, cfg)
+        self.dtype = slot_dtype(dtype)
+        shapes = layer_shapes(layers, kv_heads, cfg)
         float32 = self.dtype == "float32"
         self._pool: _kvarn.Pool | _kvarn.CudaPool
         if self._cuda is None:
@@ -303,29 +291,3 @@ def _check_pair(memory: object) -> None:
     else:
         return
     raise DTypeError(f"memory of {kind}: expected (pages, slots); pass a tuple of two tensors")
-
-
-def _slot_dtype(dtype: object) -> Literal["float16", "float32"]:
-    name = dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
-    if name in ("float16", "bfloat16"):
-        return "float16"
-    if name == "float32":
-        return "float32"
-    raise DTypeError(f"dtype {name}: expected float16, bfloat16 or float32; choose the type of k and v")
-
-
-def _layer_shapes(
-    layers: int | Iterable[tuple[int, int]], kv_heads: int | None, cfg: Config
-) -> list[tuple[int, int]]:
-    if isinstance(layers, Iterable):
-        if kv_heads is not None:
-            text = (
-                f"kv_heads {kv_heads} beside a list of layers: expected one or the other; leave kv_heads out"
-            )
-            raise ShapeError(text)
-        return [(shape[0], shape[1]) for shape in layers]
-    if kv_heads is None:
-        raise ShapeError(
-            f"kv_heads None with {layers} layers: expected the KV heads of a layer; pass kv_heads="
-        )
-    return [(kv_heads, cfg.head_dim)] * operator.index(layers)

@@ -1,0 +1,119 @@
+"""What fits into a number of bytes: the arithmetic of a pool, without making one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvarn._kvarn import Config
+from kvarn._layers import LayerShape, layer_shapes, slot_dtype
+from kvarn.errors import CapacityError, ShapeError
+
+# Lengths are int32.
+_MOST_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Pages and slots that fit, and what they hold.
+
+    ``Pool(cfg, layers=capacity.layers, pages=capacity.pages, slots=capacity.slots, …)`` takes `bytes` bytes.
+
+    Attributes:
+        cfg: The configuration.
+        layers: A LayerShape for each layer.
+        sequences: Sequences that there are slots for.
+        pages: Sealed tiles, over all sequences.
+        slots: 16-bit tiles, over all sequences.
+        page_bytes: One page in all layers: what a sealed tile takes.
+        slot_bytes: One slot in all layers.
+        tokens_per_sequence: Tokens that every sequence can have at the same time.
+        sixteen_bit_bytes_per_token: What a token takes in all layers of a dense 16-bit cache.
+    """
+
+    cfg: Config
+    layers: tuple[LayerShape, ...]
+    sequences: int
+    pages: int
+    slots: int
+    page_bytes: int
+    slot_bytes: int
+    tokens_per_sequence: int
+    sixteen_bit_bytes_per_token: int
+
+    @property
+    def bytes(self) -> int:
+        """All pages and slots."""
+        return self.pages * self.page_bytes + self.slots * self.slot_bytes
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What a sealed token takes in all layers, parameters and padding included."""
+        return self.page_bytes / self.cfg.group
+
+
+def capacity(
+    cfg: Config,
+    memory: int,
+    *,
+    layers: int | Iterable[tuple[int, int]],
+    kv_heads: int | None = None,
+    sequences: int = 1,
+    hold: int = 0,
+    dtype: object = "float16",
+) -> Capacity:
+    """Says what fits into `memory` bytes of pages and slots.
+
+    Slots come first, as many as the sequences can ever hold at once; the rest becomes pages. The tables of a
+    pool, and on CUDA the partial results of attention, come on top: a few megabytes.
+
+    Args:
+        cfg: Bit widths, tile length, sinks, recent window; the head dim if `layers` is a number.
+        memory: Bytes.
+        layers: Number of layers; or a LayerShape for each, where layers differ.
+        kv_heads: KV heads of each layer, if `layers` is a number.
+        sequences: Sequences that exist at the same time.
+        hold: Most tokens of a sequence that a step holds back, as for speculation.
+        dtype: Type of k, v, as in `Pool`.
+
+    Raises:
+        CapacityError: The slots alone take more than `memory`.
+        ShapeError: A number is out of range, or `kv_heads` does not go with `layers`.
+        ConfigError: A head dim is not supported.
+        DTypeError: An unknown type.
+    """
+    shapes = tuple(LayerShape(*shape) for shape in layer_shapes(layers, kv_heads, cfg))
+    if not shapes:
+        raise ShapeError("0 layers: expected 1 or more; a pool serves at least one layer")
+    memory, sequences, hold = (operator.index(number) for number in (memory, sequences, hold))
+    for name, number, least in (("memory", memory, 0), ("sequences", sequences, 1), ("hold", hold, 0)):
+        if number < least:
+            raise ShapeError(f"{name} {number}: expected {least} or more; pass a count")
+    element = 4 if slot_dtype(dtype) == "float32" else 2
+    values = sum(shape.kv_heads * shape.head_dim for shape in shapes) * 2
+    page_bytes = sum(shape.kv_heads * cfg.replace(head_dim=shape.head_dim).record_bytes for shape in shapes)
+    slot_bytes = values * cfg.group * element
+    # As `SealRule::slot_bound` of the core says.
+    tail = -(-(cfg.recent_tokens + cfg.group + hold - 1) // cfg.group)
+    slots = sequences * (int(cfg.sink_tokens > 0) + 2 * tail)
+    pages = (memory - slots * slot_bytes) // page_bytes
+    if pages < 0:
+        raise CapacityError(
+            f"{memory} bytes for {sequences} sequences: expected at least the {slots * slot_bytes} of their "
+            f"{slots} slots; give more memory, or serve fewer sequences"
+        )
+    # A tile is sealed with the last of its tokens and of the recent window behind it. A tile that is a sink
+    # as a whole never gets a page.
+    tiles = pages // sequences + int(cfg.sink_tokens == cfg.group) + 1
+    return Capacity(
+        cfg=cfg,
+        layers=shapes,
+        sequences=sequences,
+        pages=pages,
+        slots=slots,
+        page_bytes=page_bytes,
+        slot_bytes=slot_bytes,
+        tokens_per_sequence=min(tiles * cfg.group + cfg.recent_tokens - 1, _MOST_TOKENS),
+        sixteen_bit_bytes_per_token=values * 2,
+    )
