@@ -196,11 +196,11 @@ class OnStream:
         self.step, self.counts = step, counts
         self.stored, self.lengths = step.stored, step.lengths
 
-    def append(self, layer, k, v, rotated, stream):
+    def append(self, layer, k, v, rotated):
         self.step.append(layer, k, v, rotated, False)
 
     def attend(self, layer, q, out, lse, *options_and_more):
-        *options, most_columns, _ = options_and_more
+        *options, most_columns = options_and_more
         whole, whole_lse = torch.empty_like(out), torch.empty(q.shape[:2])
         self.step.attend(layer, q, whole, whole_lse, *options)
         row = 0
@@ -210,8 +210,9 @@ class OnStream:
                 if lse is not None:
                     lse[row : row + count] = whole_lse[row : row + count]
             row += count
+        return max(self.counts) * SHARED > most_columns
 
-    def expand(self, layer, index, k, v, first, rotated, stream):
+    def expand(self, layer, index, k, v, first, rotated):
         assert k.dtype == v.dtype == torch.float16
         self.step.expand(layer, index, k, v, first, rotated)
 
@@ -222,7 +223,8 @@ class OnStream:
 def test_short_and_long_sequences_of_one_step(monkeypatch, rotated, name):
     """Short ones are left to the kernel, long ones are attended densely: each gets its own rows."""
     lengths, counts = [100, 0, 70, 30, 128], [30, 1, 0, 90, 21]
-    monkeypatch.setattr(kvarn.step, "current_stream", lambda _: 0)
+    for name_of in ("_FUSED_COLUMNS", "_FUSED_COLUMNS_WITH_OPTIONS"):
+        monkeypatch.setattr(kvarn.step, name_of, 64)
     pool, sequences = make_pool(lengths, "float16")
     plain = pool.step(sequences, counts)
     step = kvarn.Step(OnStream(plain._step, counts), tuple(counts), pool.layers, "float16", 0)
