@@ -35,10 +35,14 @@ fn kernels() -> String {
 
 /// Runs a case of `steps`, whose pools need kernels.
 fn run_steps(case: &str, variables: &[(&str, &str)]) {
+    run_with_kernels("steps", case, variables);
+}
+
+fn run_with_kernels(module: &str, case: &str, variables: &[(&str, &str)]) {
     let kernels = kernels();
     let mut all = vec![("DOUBLE_KERNELS", kernels.as_str())];
     all.extend(variables);
-    run_in(double(), "steps", case, &all);
+    run_in(double(), module, case, &all);
 }
 
 /// Runs a case in a process that finds the library in `folder`.
@@ -191,22 +195,22 @@ fn arrays_are_sent_again_for_another_stream() {
 
 #[test]
 fn a_captured_step_serves_later_ones() {
-    run_steps("captured_step", &[]);
+    run_with_kernels("captures", "captured_step", &[]);
 }
 
 #[test]
 fn what_cannot_be_captured_is_told_before_a_launch() {
-    run_steps("capture_refused", &[]);
+    run_with_kernels("captures", "capture_refused", &[]);
 }
 
 #[test]
 fn long_chunks_are_left_out() {
-    run_steps("long_chunks_left_out", &[]);
+    run_with_kernels("captures", "long_chunks_left_out", &[]);
 }
 
 #[test]
 fn static_arrays_are_used_by_one_step_at_a_time() {
-    run_steps("static_arrays_refused", &[]);
+    run_with_kernels("captures", "static_arrays_refused", &[]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Tests that need a driver: each in a process of its own, with a double of the driver's library, or on a device.
 
+mod captures;
 mod cases;
 mod double;
 mod on_device;
