@@ -192,7 +192,9 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   const auto copy = [&](void* to, const void* from, int words) {
 #pragma unroll
     for (int first = 0; first < kShareWords; first += 32 * M::warps) {
-      const int word = first + threadIdx.x;
+      int word;  // asked for anew: what is kept across tiles has no register
+      asm volatile("mov.u32 %0,%%tid.x;" : "=r"(word));
+      word += first;
       if (word < words) fetch_word(static_cast<int32_t*>(to) + word, static_cast<const int32_t*>(from) + word);
     }
   };
@@ -218,13 +220,12 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   reader.issue_keys(reader.record(0, 0));
   reader.issue_values(reader.record(0, 0));
 
-  int begun = 0;  // the piece with which this share's part of the present query block and head begins
 #pragma unroll 1
   for (int i = 0; reader.work(i).count > 0; i++) {
     const Share& work = reader.work(i);
     const Item& item = work.first;
     if (i == 0) fetch_words_wait();
-    if (i == begun)
+    if (i == 0 || item.part == 0)
       make_fragments<L, NT, M::warps>(p, item, work.head, reinterpret_cast<float*>(memory + M::largest),
                                       reinterpret_cast<uint32_t*>(memory + M::fragments));
     describe_next(i + 1);
@@ -252,8 +253,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
     unsigned char* results = memory + M::keys;
     hand_on<L::D, NT, M::warps>(p, item, work.head, results, M::buffers);
     const bool ends = item.part + 1 == item.parts || work.count == 1;
-    const int done = i + 1 - begun;
-    if (ends) begun = i + 1;
+    const int done = min(i, item.part) + 1;  // of this query block and head by this share
     __syncthreads();  // the results have been read
     if (ends && item.parts > 1 &&
         last_to_arrive(p.counters + item.counter * p.cache.kv_heads + work.head, done, item.parts,

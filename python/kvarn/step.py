@@ -98,6 +98,7 @@ class Step:
         sink_logits: AnyArray | None = None,
         return_lse: Literal[False] = False,
         rotated: bool = False,
+        out: Array | None = None,
     ) -> Array: ...
 
     @overload
@@ -112,6 +113,7 @@ class Step:
         *,
         return_lse: Literal[True],
         rotated: bool = False,
+        out: Array | None = None,
     ) -> tuple[Array, Array]: ...
 
     def attend(
@@ -124,6 +126,7 @@ class Step:
         sink_logits: AnyArray | None = None,
         return_lse: bool = False,
         rotated: bool = False,
+        out: Array | None = None,
     ) -> Array | tuple[Array, Array]:
         """Attention of the step's queries over what is stored, causal by position.
 
@@ -140,6 +143,8 @@ class Step:
             sink_logits: float32 [heads]: a logit per query head, part of the softmax, without a value.
             return_lse: Return ``(out, lse)``.
             rotated: `q` is in the rotated (Hadamard) frame, and the output stays so.
+            out: Where the output goes: contiguous, of the shape and type of `q`, in memory of its own. None:
+                to a new array.
 
         Returns:
             The output, of the shape and type of `q`; with `return_lse` also the natural logarithm of each
@@ -149,10 +154,12 @@ class Step:
         Raises:
             ShapeError: A shape or a number does not fit, or no such layer.
             DTypeError: A type is not supported.
+            TensorError: `out` shares memory with `q`, or cannot be written to.
             StateError: The step is finished or abandoned.
             CudaError: A capture without static arrays, or of a long chunk; CUDA failed.
         """
-        out = empty_like("q", q)
+        if out is None:
+            out = empty_like("q", q)
         lse = empty(tuple(q.shape[:2]), "q", q, float32=True) if return_lse else None
         options = scale, window, softcap, sink_logits, rotated
         if isinstance(self._step, _kvarn.Step):

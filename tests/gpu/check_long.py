@@ -316,9 +316,13 @@ def main():
             part()
         except Exception:
             COUNTS.fail(f"{getattr(part, '__name__', part)}:\n{traceback.format_exc()}")
+    status = COUNTS.finish()
     errors = f" (median of medians {statistics.median(COUNTS.errors):.1e})" if COUNTS.errors else ""
-    print(f"{COUNTS.cases} cases, {COUNTS.vectors} output vectors{errors}, {COUNTS.failed} failed")
-    sys.exit(COUNTS.failed > 0)
+    print(
+        f"{COUNTS.cases} cases, {COUNTS.vectors} output vectors{errors}, {COUNTS.near} up to a quarter "
+        f"beyond the contract, {COUNTS.failed} failed"
+    )
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def test_outputs_are_checked(pool, filled):
     read_only = QUERIES.copy()
     read_only.setflags(write=False)
     sums = zeros(4, 4, dtype="f4")
+    whole = np.concatenate([QUERIES, QUERIES])
     for out, lse, error, text in [
         (read_only, None, TensorError, "out: read-only memory: expected a writable output"),
         (
@@ -221,12 +222,16 @@ def test_outputs_are_checked(pool, filled):
         ),
         (np.broadcast_to(QUERIES[:1], QUERIES.shape), None, TensorError, "out: read-only"),
         (zeros(4, 2, 32), None, ShapeError, r"out of shape \[4, 2, 32\]: expected \[4, 4, 32\], as q"),
+        (QUERIES, None, TensorError, "out: it shares memory with q: expected memory of its own"),
+        (whole[2:], None, TensorError, "out: it shares memory with q"),
+        (QUERIES.astype("f4"), None, DTypeError, "out of dtype float32: expected float16, the type of q"),
         (QUERIES.copy(), sums.T[:3], ShapeError, r"lse of shape \[3, 4\]: expected \[4, 4\]"),
         (QUERIES.copy(), sums.T, ShapeError, "lse with strides"),
         (QUERIES.copy(), sums.astype("f8"), DTypeError, "lse of dtype float64: expected float32"),
     ]:
+        q = QUERIES if out is QUERIES else whole[:4]
         with refused(error, text):
-            step.attend(0, QUERIES, out, lse, None, None, None, None, False)
+            step.attend(0, q, out, lse, None, None, None, None, False)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,27 @@ def test_torch_tensors_of_every_type(dtype):
     assert (k2[:64].float() - k[:64].float()).abs().max() < 0.02  # sinks
 
 
+def test_attention_writes_to_the_output_that_it_is_given():
+    pool = make_pool(make_config())
+    sequence = pool.create()
+    rng = np.random.default_rng(3)
+    k, v, q = (rng.standard_normal((100, heads, 32)).astype(np.float32) for heads in (2, 2, 4))
+    with pool.step([sequence], [100]) as step:
+        step.append(0, k, v)
+        expected, expected_lse = step.attend(0, q, return_lse=True)
+        given = np.full_like(q, np.nan)
+        out, lse = step.attend(0, q, return_lse=True, out=given)
+        assert out is given
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(lse, expected_lse)
+        rows = torch.full((3, 100, 4, 32), torch.nan)
+        part = step.attend(0, torch.from_numpy(q), out=rows[1])
+        assert part.data_ptr() == rows[1].data_ptr()
+        np.testing.assert_array_equal(rows[1].numpy(), expected)
+        assert rows[[0, 2]].isnan().all()
+        step.abandon()
+
+
 def test_the_rotated_frame():
     pool = Pool(make_config(), layers=1, kv_heads=1, pages=4, slots=4, dtype="float32")
     rng = np.random.default_rng(0)

@@ -204,6 +204,7 @@ impl CudaStep {
         let device = self.device();
         let (q, out) = (Lent::on_device("q", q, device)?, Lent::on_device("out", out, device)?);
         let stream = q.stream()?;
+        q.check_apart(&out)?;
         let (q, out) = (q.device_tensor(QUERIES, false)?, out.device_tensor(QUERIES, true)?);
         let floats = |name, object: Option<&Bound<'_, PyAny>>| {
             object.map(|object| Lent::on_device(name, object, device)?.device_floats()).transpose()

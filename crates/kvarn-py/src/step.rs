@@ -58,6 +58,7 @@ impl Step {
         let layer = natural(py, Class::Shape, "layer", layer)?;
         let window = window.map(|window| natural(py, Class::Shape, "window", window)).transpose()?;
         let (q, out) = (Lent::new("q", q)?, Lent::new("out", out)?);
+        q.check_apart(&out)?;
         let (q, out) = (q.tensor(QUERIES)?, out.tensor_mut(QUERIES)?);
         let mut lse = lse.map(|lse| Lent::new("lse", lse)).transpose()?;
         let lse = lse.as_mut().map(|lse| lse.floats_mut(&q.shape()[..2])).transpose()?;

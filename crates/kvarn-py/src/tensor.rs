@@ -1,5 +1,7 @@
 //! Callers' arrays and tensors, borrowed through DLPack for the time of a call.
 
+use std::ops::Range;
+
 use kvarn::DType;
 use kvarn_cpu::{TensorMut, TensorRef};
 use kvarn_cuda::{Borrowed, DeviceTensor, Stream};
@@ -133,7 +135,7 @@ impl<'py> Lent<'py> {
 
     /// A floating-point tensor with the three `dimensions`, the last one contiguous: view, type, shape, strides.
     fn floats(&self, dimensions: &str) -> PyResult<(BorrowedTensor<'_>, DType, [usize; 3], [isize; 3])> {
-        let view = self.view(|element| dtype(element).is_some(), "float16, bfloat16 or float32")?;
+        let view = self.floats_view()?;
         let (Some(dtype), &[a, b, c], &[stride_a, stride_b, stride_c]) =
             (dtype(view.element()), view.shape(), view.strides())
         else {
@@ -192,6 +194,33 @@ impl<'py> Lent<'py> {
         Ok(())
     }
 
+    /// Refuses `output` where it shares memory with this argument, or is of another type.
+    pub(crate) fn check_apart(&self, output: &Self) -> PyResult<()> {
+        let (ours, theirs) = (self.floats_view()?, output.floats_view()?);
+        if theirs.element() != ours.element() {
+            let text = format!(
+                " of dtype {}: expected {}, the type of {}; allocate it so",
+                theirs.data_type(),
+                ours.data_type(),
+                self.name
+            );
+            return Err(output.error(Class::DType, &text));
+        }
+        let (a, b) = (span(&ours), span(&theirs));
+        if a.start < b.end && b.start < a.end {
+            let text = format!(
+                ": it shares memory with {}: expected memory of its own; pass another array",
+                self.name
+            );
+            return Err(output.error(Class::Tensor, &text));
+        }
+        Ok(())
+    }
+
+    fn floats_view(&self) -> PyResult<BorrowedTensor<'_>> {
+        self.view(|element| dtype(element).is_some(), "float16, bfloat16 or float32")
+    }
+
     /// The values of a one-dimensional float32 array; `dimension` says what it counts.
     pub(crate) fn vector(&self, dimension: &str) -> PyResult<Vec<f32>> {
         let view = self.view(|element| element == ElementType::Float32, "float32")?;
@@ -220,6 +249,18 @@ impl<'py> Lent<'py> {
         // SAFETY: contiguous, and lent while `self` lives; writing meanwhile is documented as the caller's race.
         Ok(unsafe { std::slice::from_raw_parts(view.data(), view.len()) })
     }
+}
+
+/// The bytes between the first and the last element of a view.
+fn span(view: &BorrowedTensor<'_>) -> Range<isize> {
+    let at = view.data().addr() as isize;
+    if view.is_empty() {
+        return at..at;
+    }
+    let steps = view.shape().iter().zip(view.strides()).map(|(&size, &stride)| (size as isize - 1) * stride);
+    let (low, high) = steps.fold((0, 0), |(low, high), step| (low + step.min(0), high + step.max(0)));
+    let bytes = view.element().bytes() as isize;
+    at + low * bytes..at + (high + 1) * bytes
 }
 
 /// The type of a floating-point tensor.

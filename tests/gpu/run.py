@@ -1,0 +1,111 @@
+"""All checks on a GPU, and compute-sanitizer on a small one: `python tests/gpu/run.py [--out FILE]`.
+
+Runs each script of this folder, prints what it printed last and what failed, and with `--out` writes JSON
+with device and commit. The exit status is 1 if anything failed. Scripts run side by side, but check_host.py,
+which measures times, alone after the others.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+SCRIPTS = ("check.py", "check_golden.py", "check_long.py --no-times", "check_transformers.py")
+# Kernels of torch may read what nobody wrote; only ours are watched for that.
+TOOLS = {"memcheck": [], "racecheck": [], "initcheck": ["--kernel-regex", "kns=kvarn"]}
+SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: .*")
+
+
+def run(command, limit, wrapper=()):
+    """Runs a command of this folder; what to report of it."""
+    started = time.time()
+    script, *options = command.split()
+    line = [*wrapper, sys.executable, str(HERE / script), *options]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=limit, check=False)
+        text, status = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        text, status = (error.stdout or b"").decode(), f"not done after {limit} s"
+    lines = [line for line in text.splitlines() if line.strip()]
+    counted = [line for line in lines if re.search(r"\d+ failed", line)]
+    return {
+        "command": f"python tests/gpu/{command}",
+        "printed": counted[-1] if counted else " / ".join(lines[-3:]),
+        "failures": [line for line in lines if line.startswith("FAILED")],
+        "notes": [line.strip() for line in lines if line.startswith("  ")]
+        if script == "check_host.py"
+        else [],
+        "status": status,
+        "seconds": round(time.time() - started),
+        "text": text,
+    }
+
+
+def sanitize(tool, limit):
+    """compute-sanitizer on the small run of check.py."""
+    wrapper = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", *TOOLS[tool]]
+    found = run("check.py --small", limit, wrapper)
+    summary = SUMMARY.search(found["text"])
+    clean = summary is not None and re.search(r": 0 (errors|hazards)", summary[0]) is not None
+    return {
+        **found,
+        "command": " ".join(wrapper) + " " + found["command"],
+        "printed": (summary[0] if summary else "no summary") + "; " + found["printed"],
+        "status": 0 if clean and found["status"] == 0 else found["status"] or 1,
+    }
+
+
+def report(found):
+    """Prints one result."""
+    word = "FAILED" if found["status"] else "ok"
+    print(f"{word} {found['command']}: {found['printed']} ({found['seconds']} s)")
+    for line in found["failures"][:8] + found["notes"]:
+        print(f"    {line[:300]}")
+    sys.stdout.flush()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", help="file for the JSON")
+    parser.add_argument("--commit", help="commit to note")
+    parser.add_argument("--limit", type=int, default=1200, help="seconds that a script may take")
+    arguments = parser.parse_args()
+    sanitizer = shutil.which("compute-sanitizer")
+    with concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        jobs = [pool.submit(run, command, arguments.limit) for command in SCRIPTS]
+        jobs += [pool.submit(sanitize, tool, arguments.limit) for tool in TOOLS if sanitizer]
+        results = []
+        for job in concurrent.futures.as_completed(jobs):
+            results.append(job.result())
+            report(results[-1])
+    results.append(run("check_host.py", arguments.limit))
+    report(results[-1])
+    if not sanitizer:
+        print("compute-sanitizer is not installed: its runs are missing")
+    failed = sum(found["status"] != 0 for found in results)
+    print(f"{len(results)} runs, {failed} failed")
+    if arguments.out:
+        kept = [{key: found[key] for key in found if key != "text"} for found in results]
+        kept.sort(key=lambda found: found["command"])
+        head = {
+            "device": torch.cuda.get_device_name(),
+            "commit": arguments.commit,
+            "torch": torch.__version__,
+        }
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            json.dump({**head, "command": "python tests/gpu/run.py", "runs": kept}, file, indent=1)
+            file.write("\n")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
