@@ -121,7 +121,7 @@ def main():
     arguments.add_argument("--no-peers", action="store_true", help="kvarn alone")
     arguments.add_argument(
         "--flex",
-        choices=["few", "all"],
+        choices=["none", "few", "all"],
         default="few",
         help="flex_attention is compiled for every shape, which takes seconds: few is batches up to 8 from "
         "4096 tokens on",
@@ -139,9 +139,10 @@ def main():
             continue
         if arguments.batches and shape.batch not in arguments.batches:
             continue
-        few = arguments.flex == "few" and (shape.batch > 8 or shape.context < 4096)
+        long = shape.batch <= 8 and shape.context >= 4096
+        with_flex = arguments.flex == "all" or (arguments.flex == "few" and long)
         with report.part(str(shape)):
-            skip = ["flex_attention"] if few else []
+            skip = [] if with_flex else ["flex_attention"]
             shape_rows(report, shape, arguments.presets, peers, stream, replays, skip)
     if arguments.chosen in ("ragged", "all"):
         count, longest = (8, 4096) if arguments.small else (RAGGED_COUNT, RAGGED_LONGEST)
