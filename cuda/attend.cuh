@@ -149,7 +149,7 @@ __device__ __forceinline__ void attend_slot(Reader<L, NT>& reader, int i, float 
 #pragma unroll 1
   for (int first = reader.warp * tokens; first < item.slot_tokens; first += M::warps * tokens) {
     float S[NT][slot_slices<L>][4];
-    slot_logits<L, NT>(keys, first, reader.queries(), softmax, query_unit,
+    slot_logits<L, NT>(keys, first, item.slot_tokens, reader.queries(), softmax, query_unit,
                        p.softcap * kLog2E, S, reader.lane);
     mask(S, position + first, p.group, item.position, p.window, min(item.stored, position + item.slot_tokens), 0,
          reader.lane);

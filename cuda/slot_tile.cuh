@@ -15,9 +15,10 @@ namespace kvarn {
 template <class L>
 constexpr int slot_slices = L::G / 64;
 
-// Logits of slices at token `first` on, measured from the softmax's bases.
+// Logits of slices at token `first` on, measured from the softmax's bases. Those of tokens from `stored` on mean nothing:
+// what lies there was never stored, and is not read.
 template <class L, int NT>
-__device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, const uint4* queries,
+__device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, int stored, const uint4* queries,
                                             const Softmax<NT>& softmax, float unit, float cap, float (&S)[NT][slot_slices<L>][4], int lane) {
   constexpr int D = L::D;
   const int g = lane / 4, c = lane % 4;
@@ -25,9 +26,11 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, con
 #pragma unroll
   for (int t = 0; t < slot_slices<L>; t++)
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+      const int token = first + 16 * t + 8 * half + g;
 #pragma unroll
-      for (int j = 0; j < D / 32; j++) load128(x[t][half][j], keys + (first + 16 * t + 8 * half + g) * D + 32 * j + 8 * c);
+      for (int j = 0; j < D / 32; j++) load128(x[t][half][j], keys + (token < stored ? token : 0) * D + 32 * j + 8 * c);
+    }
 #pragma unroll
   for (int b = 0; b < NT; b++)
 #pragma unroll
@@ -56,8 +59,7 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, con
   to_logits(S, units, units, cap, softmax);
 }
 
-// Probabilities, their sum and the weighted values. Tokens from `stored` on are read as zeros: what lies there was
-// never stored.
+// Probabilities, their sum and the weighted values. Tokens from `stored` on count as zeros.
 template <class L, int NT>
 __device__ __forceinline__ void slot_values(const uint16_t* values, int first, int stored, Softmax<NT>& softmax,
                                             float (&S)[NT][slot_slices<L>][4], float (&O)[NT][L::D / 16][4], int lane) {

@@ -21,7 +21,11 @@ import torch
 HERE = pathlib.Path(__file__).parent
 SCRIPTS = ("check.py", "check_golden.py", "check_long.py --no-times", "check_transformers.py")
 # Kernels of torch may read what nobody wrote; only ours are watched for that.
-TOOLS = {"memcheck": [], "racecheck": [], "initcheck": ["--kernel-regex", "kns=kvarn"]}
+TOOLS = {
+    "memcheck": [],
+    "racecheck": [],
+    "initcheck": ["--kernel-regex", "kns=kvarn", "--show-backtrace", "no"],
+}
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: .*")
 
 

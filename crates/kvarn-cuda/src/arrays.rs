@@ -28,7 +28,6 @@ pub(crate) struct SentAppend {
 #[derive(Debug)]
 pub(crate) struct SentAttend {
     pub key: AttendKey,
-    pub kv_heads: usize,
     pub head_dim: usize,
     pub kernel: Kernel,
     /// Dynamic shared memory of the launch.
@@ -56,7 +55,7 @@ impl SentAttend {
 
     /// Elements of all partial outputs.
     pub(crate) fn outputs(&self) -> usize {
-        self.parts * self.kv_heads * self.columns * self.head_dim
+        self.parts * self.key.kv_heads * self.columns * self.head_dim
     }
 }
 
@@ -170,7 +169,7 @@ impl StepShape {
     /// Most items, and partial results, of an attention.
     pub(crate) fn items(&self, rule: &SealRule, key: AttendKey) -> usize {
         let group = rule.group();
-        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group));
+        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group, key.kv_heads));
         let records = (1..=rule.tiles(self.tokens)).map(record_items).max().unwrap_or(0);
         self.query_blocks(key) * (self.slots(rule) + records)
     }
@@ -223,6 +222,7 @@ mod tests {
                 let start = std::time::Instant::now();
                 let key = AttendKey {
                     appended: true,
+                    kv_heads: 8,
                     group: 4,
                     query_tokens: 2,
                     window: usize::MAX,
@@ -256,6 +256,7 @@ mod tests {
             sinks in prop_oneof![Just(0_usize), Just(16), Just(64)],
             recent in 0..256_usize,
             query_tokens in 1..8_usize,
+            kv_heads in 1..9_usize,
         ) {
             let rule = SealRule::new(64, sinks, recent).unwrap();
             let shape = StepShape { counts: counts.clone(), tokens: prompt + 40 * 20 };
@@ -268,7 +269,8 @@ mod tests {
                 let plan = tables.plan_step(&ids, &counts, &hold).unwrap();
                 prop_assert!(AppendPlan::new(&plan, 64).count() <= shape.seals(&rule));
                 for appended in [false, true] {
-                    let key = AttendKey { appended, group: 2, query_tokens, window: usize::MAX, most_tokens: usize::MAX };
+                    let (window, most_tokens) = (usize::MAX, usize::MAX);
+                    let key = AttendKey { appended, kv_heads, group: 2, query_tokens, window, most_tokens };
                     let arrays = AttendPlan::new(&plan, &rule, key);
                     prop_assert!(arrays.count() <= shape.items(&rule, key) && arrays.parts <= shape.items(&rule, key));
                     let cost = Cost { record: 3_000, token: 256 };

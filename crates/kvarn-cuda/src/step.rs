@@ -251,6 +251,7 @@ impl Step {
             })?;
             let key = AttendKey {
                 appended,
+                kv_heads: at.shape.kv_heads,
                 group: settings.group,
                 query_tokens: geometry.query_tokens(settings.group),
                 window: settings.window,
@@ -328,7 +329,7 @@ impl Step {
     ) -> Result<&'a mut SentAttend, Error> {
         let same = |sent: &SentAttend| {
             sent.key == key
-                && (sent.kv_heads, sent.head_dim) == (at.shape.kv_heads, at.shape.head_dim)
+                && sent.head_dim == at.shape.head_dim
                 && (self.shape.is_some() || sent.sent.1 == stream)
         };
         let index = match sent.iter().position(same) {
@@ -357,7 +358,7 @@ impl Step {
     ) -> Result<SentAttend, Error> {
         let rule = &self.pool.core().layout().rule;
         let arrays = AttendPlan::new(self.open.plan(), rule, key);
-        let (kv_heads, head_dim, columns) = (at.shape.kv_heads, at.shape.head_dim, arrays.columns);
+        let (kv_heads, head_dim, columns) = (key.kv_heads, at.shape.head_dim, arrays.columns);
         let kernel = self.pool.device().kernel(&geometry.name(&at.config), &[size_of::<AttendParams>()])?;
         let shared = geometry.shared(&at.config, kernel.threads() as usize / 32);
         let resident = self.pool.resident(&kernel, shared)?;
@@ -381,7 +382,6 @@ impl Step {
         let sent = (self.open.plan().id, stream);
         Ok(SentAttend {
             key,
-            kv_heads,
             head_dim,
             kernel,
             shared,
@@ -403,7 +403,7 @@ impl Step {
         let now = (self.open.plan().id, stream);
         if sent.sent != now {
             let arrays = AttendPlan::new(self.open.plan(), &self.pool.core().layout().rule, sent.key);
-            let shares = shares(&arrays, sent.kv_heads, sent.grid, sent.cost);
+            let shares = shares(&arrays, sent.key.kv_heads, sent.grid, sent.cost);
             self.send_work(&mut sent.buffer, &arrays, &shares, sent.item_count, stream)?;
             sent.sent = now;
         }

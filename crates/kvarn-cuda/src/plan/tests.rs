@@ -31,9 +31,10 @@ fn batches() -> impl Strategy<Value = Vec<Batch>> {
 fn keys() -> impl Strategy<Value = AttendKey> {
     let window = prop_oneof![2 => Just(usize::MAX), 1 => 1..20_usize, 1 => 1..2000_usize];
     let most_tokens = prop_oneof![2 => Just(usize::MAX), 1 => 0..100_usize];
-    (any::<bool>(), 1..=16_usize, 1..=16_usize, window, most_tokens).prop_map(
-        |(appended, group, query_tokens, window, most_tokens)| AttendKey {
+    (any::<bool>(), 1..=9_usize, 1..=16_usize, 1..=16_usize, window, most_tokens).prop_map(
+        |(appended, kv_heads, group, query_tokens, window, most_tokens)| AttendKey {
             appended,
+            kv_heads,
             group,
             query_tokens,
             window,
@@ -277,9 +278,17 @@ proptest! {
 }
 
 #[test]
-fn longer_sequences_have_larger_items() {
-    for (group, sizes) in [(128, [4, 8, 16, 32]), (64, [8, 16, 32, 32])] {
-        let found = [4_096, 16_384, 65_536, 65_537].map(|tokens| item_tiles(tokens, group));
-        assert_eq!(found, sizes);
+fn longer_sequences_and_more_heads_have_larger_items() {
+    for (group, kv_heads, sizes) in [
+        (128, 8, [4, 8, 16, 32]),
+        (64, 8, [8, 16, 32, 32]),
+        (128, 40, [4, 8, 16, 32]),
+        (128, 5, [4, 8, 16, 32]),
+        (128, 4, [4, 4, 8, 16]),
+        (128, 2, [4, 4, 4, 8]),
+        (64, 1, [8, 8, 8, 16]),
+    ] {
+        let found = [4_096, 16_384, 65_536, 65_537].map(|tokens| item_tiles(tokens, group, kv_heads));
+        assert_eq!(found, sizes, "{group} {kv_heads}");
     }
 }
