@@ -108,6 +108,33 @@ class Pool:
         """A new, empty sequence."""
         return self._pool.create()
 
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A new sequence that holds what `sequence` holds, held tokens included. Nothing is copied.
+
+        Both use the same pages and slots from now on. A step that appends to a sequence whose last tile is
+        not full, and shared, takes one slot more, for a copy of it.
+
+        Raises:
+            StateError: As in `free`.
+        """
+        return self._pool.fork(sequence)
+
+    def reorder(self, sequences: Iterable[Sequence], order: Iterable[int]) -> None:
+        """Makes each ``sequences[i]`` hold what ``sequences[order[i]]`` held: the rows of a beam search.
+
+        An index may come several times; what none of the sequences holds any more is given back. The handles
+        stay the same.
+
+        Args:
+            sequences: Different sequences of this pool.
+            order: As many indices into them.
+
+        Raises:
+            ShapeError: Another number of indices, an index out of range, or a sequence twice.
+            StateError: As in `free`; nothing is changed then.
+        """
+        self._pool.reorder(list(sequences), [int(index) for index in order])
+
     def free(self, sequence: Sequence) -> None:
         """Forgets a sequence and gives back its pages and slots.
 

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use kvarn::codec::{EncodeCounts, Rotation, SlotType, TileEncoder, finite, round_to_slot};
 use kvarn::pool::Layer;
-use kvarn::tables::{SealSource, SequencePlan};
+use kvarn::tables::{SealSource, SequencePlan, SlotCopy};
 use kvarn::{Config, Saturation};
 
 use crate::TensorRef;
@@ -51,6 +51,10 @@ pub(crate) fn append_head(
             }
             counts
         };
+        if let Some(SlotCopy { from, to }) = plan.copy {
+            tile.read_slot(pool, layer, head, from);
+            tile.write_slot(pool, layer, head, (to, 0, pool.layout().config.group()));
+        }
         for write in &plan.writes {
             counts += read(tile, write.offset, write.row, write.count);
             tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
@@ -59,6 +63,10 @@ pub(crate) fn append_head(
             match seal.source {
                 SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
                 SealSource::Rows(row) => counts += read(tile, 0, row, pool.layout().config.group()),
+                SealSource::SharedSlot { slot, stored, row } => {
+                    tile.read_slot(pool, layer, head, slot);
+                    counts += read(tile, stored, row, pool.layout().config.group() - stored);
+                }
             }
             let bytes = layer.layout.record_bytes;
             // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
@@ -122,7 +130,8 @@ impl Tile {
 
     fn read_slot(&mut self, pool: &Pool, layer: &Layer, head: usize, slot: usize) {
         for (side, values) in [&mut self.k, &mut self.v].into_iter().enumerate() {
-            // SAFETY: the slot's matrix has as many elements as the tile; nobody writes it but this call.
+            // SAFETY: the slot's matrix has as many elements as the tile; nobody writes it but this call, and a slot that is
+            // shared nobody at all.
             unsafe { load(slot_dtype(pool.layout().slot_type), pool.slot(layer, slot, head, side), values) };
         }
     }

@@ -28,10 +28,12 @@ impl AppendPlan {
             for seal in &sequence.seals {
                 let (slot, from, row) = match seal.source {
                     SealSource::Rows(row) => (-1, 0, row),
+                    SealSource::SharedSlot { slot, stored, row } => (slot as i32, stored, row),
                     SealSource::Slot(slot) => {
                         // What this step writes to the slot is taken from the rows: nothing waits for the write.
                         let write = sequence.writes.iter().find(|write| write.slot == slot);
                         let (from, row) = write.map_or((group, 0), |write| (write.offset, write.row));
+                        // A copy is made before the launch.
                         (slot as i32, from, row)
                     }
                 };

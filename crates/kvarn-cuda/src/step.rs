@@ -4,11 +4,14 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cudarc::driver::sys;
 use kvarn::pool::{AttendOptions, Layer, OpenStep, PoolError, check_attend, check_rows};
+use kvarn::tables::SlotCopy;
 
 use crate::arrays::{Arrays, Lending, SentAppend, SentAttend, StepShape};
 use crate::capture::{Capture, capture};
 use crate::context::Current;
+use crate::driver;
 use crate::geometry::{self, AttendGeometry};
 use crate::launch::launch_in;
 use crate::params::{AppendParams, AttendParams, ITEM_WORDS};
@@ -108,6 +111,10 @@ impl Step {
         let plan = self.open.plan();
         let mut sent = self.arrays.append();
         let sent = self.sent_append(&mut sent, stream, recording)?;
+        // What is recorded is replayed by other steps, which copy other slots: `send` does.
+        if !recording {
+            self.copy_slots(current, at, stream)?;
+        }
         let kv_heads = at.shape.kv_heads;
         let kernel = self.pool.append_kernel(layer);
         let vectors = kernel.threads() as usize / geometry::append_lanes(config.head_dim());
@@ -138,6 +145,19 @@ impl Step {
         // SAFETY: the parameter is the kernel's (size checked, layout mirrored); the arrays are kept until the work has run
         // (`read_by`), the pool's memory as long as it exists; the tensors are as their maker promised.
         unsafe { launch_in(current, &kernel, grid, block, shared, stream, parameters) }
+    }
+
+    /// Copies the slots of one layer that the step would write to and that other sequences share.
+    fn copy_slots(&self, _current: &Current, at: &Layer, stream: Stream) -> Result<(), Error> {
+        let slots = self.pool.cache(at).slots;
+        for SlotCopy { from, to } in self.open.plan().sequences.iter().filter_map(|sequence| sequence.copy) {
+            let [from, to] = [from, to].map(|slot| slots + (slot * at.slot_bytes) as u64);
+            // SAFETY: two slots of the pool's memory, provided when the step was planned, which do not overlap; the context
+            // is current. The stream is the caller's, as is what it was given before.
+            let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, at.slot_bytes, stream.raw()) };
+            self.pool.device().told(driver::check("cuMemcpyDtoDAsync", result))?;
+        }
+        Ok(())
     }
 
     /// Whether `stream` records what it is given. The context must be current.
@@ -304,8 +324,11 @@ impl Step {
             )
             .into());
         }
-        let _current = self.pool.device().enter()?;
+        let current = self.pool.device().enter()?;
         self.sent_append(&mut append, stream, false)?;
+        for layer in &self.pool.core().layout().layers {
+            self.copy_slots(&current, layer, stream)?;
+        }
         for sent in attend.iter_mut() {
             self.send_attend(sent, stream)?;
         }

@@ -47,6 +47,16 @@ impl Pool {
         pool_core::create(py, self.0.core())
     }
 
+    /// A new sequence that holds what another one holds.
+    fn fork(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<Sequence> {
+        pool_core::fork(py, self.0.core(), sequence)
+    }
+
+    /// Makes `sequences[i]` hold what `sequences[order[i]]` held.
+    fn reorder(&self, py: Python<'_>, sequences: Vec<Bound<'_, Sequence>>, order: Vec<i64>) -> PyResult<()> {
+        pool_core::reorder(py, self.0.core(), &sequences, &order)
+    }
+
     /// Forgets a sequence.
     fn free(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
         pool_core::free(py, self.0.core(), sequence)

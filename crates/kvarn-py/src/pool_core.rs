@@ -16,6 +16,29 @@ pub(crate) fn create(py: Python<'_>, core: &Arc<PoolCore>) -> PyResult<Sequence>
     Ok(Sequence { core: Arc::clone(core), id })
 }
 
+/// A new sequence that holds what another one holds.
+pub(crate) fn fork(
+    py: Python<'_>,
+    core: &Arc<PoolCore>,
+    sequence: &Bound<'_, Sequence>,
+) -> PyResult<Sequence> {
+    let id = sequence.get().id;
+    let id = detached(py, || core.fork(id))?;
+    Ok(Sequence { core: Arc::clone(core), id })
+}
+
+/// Makes `sequences[i]` hold what `sequences[order[i]]` held.
+pub(crate) fn reorder(
+    py: Python<'_>,
+    core: &PoolCore,
+    sequences: &[Bound<'_, Sequence>],
+    order: &[i64],
+) -> PyResult<()> {
+    let ids: Vec<_> = sequences.iter().map(|sequence| sequence.get().id).collect();
+    let order = naturals(py, "order", order)?;
+    detached(py, || core.reorder(&ids, &order))
+}
+
 /// Forgets a sequence.
 pub(crate) fn free(py: Python<'_>, core: &PoolCore, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
     let id = sequence.get().id;

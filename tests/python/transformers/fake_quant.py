@@ -55,6 +55,14 @@ class FakeQuantLayer(DynamicLayer):
                     states[row, :, read] = torch.as_tensor(tensor)[:, first - tile * group :].to(states.dtype)
         return keys, values
 
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.sealed = [self.sealed[row] for row in beam_idx.tolist()]
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.sealed = [sealed for sealed in self.sealed for _ in range(repeats)]
+
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
         self.sealed = [self.sealed[row] for row in indices.tolist()]

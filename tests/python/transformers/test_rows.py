@@ -1,11 +1,12 @@
 """Rows of a batch: reordered, selected, reset, short of memory, and left by a broken forward pass."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from fake_quant import FakeQuantCache
-from kvarn import CapacityError, KVarNCache, ShapeError
+from kvarn import CapacityError, ConfigError, KVarNCache, ShapeError
 from kvarn.integrations.transformers import UnsupportedError
 from tiny_models import assert_close, left_padding, run, tokens
 
@@ -23,7 +24,7 @@ def go_on(model, cache, mask):
     return run(model, cache, rest.split(1, 1), torch.cat([mask, torch.ones_like(rest)], 1))
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [1, 1, 0, 1], [3, 3, 3, 3]])
 def test_reorder(model, expected, preset, order):
     order = torch.tensor(order)
     padding = [PADDING[row] for row in order]
@@ -57,26 +58,81 @@ def test_select_frees_the_other_rows(model, preset, indices):
     assert_close(run(model, cache, [rest[indices]], torch.cat([mask, ones], 1)[indices]), every.flatten(0, 1))
 
 
-def test_forks_are_refused(model, preset):
+def test_repeated_rows_go_their_own_ways(model, expected, preset):
+    def repeated():
+        cache, mask = fed(model, FakeQuantCache(model.config, preset, padding=PADDING))
+        cache.batch_repeat_interleave(3)
+        for layer in cache.layers:
+            layer.padding = [padding for padding in PADDING for _ in range(3)]
+        return go_on(model, cache, mask.repeat_interleave(3, 0))
+
     cache, mask = fed(model, KVarNCache(model.config, preset))
+    before = cache.pool.stats()
+    cache.batch_repeat_interleave(3)
+    shared = cache.pool.stats()
+    assert (shared.pages_used, shared.slots_used) == (before.pages_used, before.slots_used)
+    assert_close(go_on(model, cache, mask.repeat_interleave(3, 0)), expected(repeated))
+    with pytest.raises(ShapeError, match=r"batch_repeat_interleave\(0\): expected at least 1"):
+        cache.batch_repeat_interleave(0)
+
+
+def test_copies_share_what_was_stored(model, preset):
+    prompt, untouched = (fed(model, KVarNCache(model.config, preset))[0] for _ in range(2))
+    _, mask = left_padding(4, 150, PADDING)
+    used = prompt.pool.stats()
+    one, two = copy.deepcopy(prompt), copy.deepcopy(prompt)
+    assert one.pool is prompt.pool
+    assert prompt.pool.stats().pages_used == used.pages_used
+    assert prompt.pool.stats().sequences == 12
+    expected = go_on(model, untouched, mask)
+    assert torch.equal(go_on(model, one, mask), expected)
+    other = torch.flip(tokens(4, 40, seed=2), [1])
+    run(model, two, other.split(8, 1), torch.cat([mask, torch.ones_like(other)], 1))
+    assert torch.equal(go_on(model, prompt, mask), expected)
+    one.reset()
+    assert prompt.pool.stats().sequences == 8
+    del two
+    gc.collect()
+    assert prompt.pool.stats().sequences == 4
+    assert prompt.get_seq_length() == 190
+
+
+def test_a_copy_of_an_empty_cache(model, preset):
+    made = copy.deepcopy(KVarNCache(model.config, preset))
+    chunks = [tokens(1, 150), tokens(1, 1)]
+    assert torch.equal(run(model, made, chunks), run(model, KVarNCache(model.config, preset), chunks))
+
+
+def test_more_rows_than_there_is_room_for(model, preset):
+    cache, mask = fed(model, KVarNCache(model.config, preset, max_rows=7))
     untouched, _ = fed(model, KVarNCache(model.config, preset))
-    with pytest.raises(
-        UnsupportedError, match="reorder_cache takes row 1 2 times: expected each row at most once"
+    for refused in (
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.reorder_cache(torch.zeros(8, dtype=torch.long)),
+        lambda: copy.deepcopy(cache),
     ):
-        cache.reorder_cache(torch.tensor([1, 1, 0, 3]))
-    with pytest.raises(UnsupportedError, match=r"batch_repeat_interleave\(2\): expected 1"):
-        cache.batch_repeat_interleave(2)
-    with pytest.raises(UnsupportedError, match="copy of a KVarNCache"):
-        copy.deepcopy(cache)
-    cache.batch_repeat_interleave(1)
+        with pytest.raises(
+            CapacityError, match="8 rows, copies of the cache included: expected at most max_rows=7"
+        ):
+            refused()
     assert torch.equal(go_on(model, cache, mask), go_on(model, untouched, mask))
+    with pytest.raises(CapacityError, match="2 rows"):
+        run(model, KVarNCache(model.config, preset, max_rows=1), [tokens(2, 3)])
+    with pytest.raises(ConfigError, match="max_rows 0: expected at least 1"):
+        KVarNCache(model.config, preset, max_rows=0)
 
 
-def test_beams_are_refused(model, preset):
-    with pytest.raises(UnsupportedError, match="use num_beams=1"):
-        model.generate(
-            tokens(1, 10), past_key_values=KVarNCache(model.config, preset), num_beams=3, max_new_tokens=30
-        )
+@pytest.mark.parametrize("prompt", [10, 127, 128, 150])
+def test_beams(model, preset, prompt):
+    """Beams diverge within a tile, across its end, and behind it."""
+    settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 40, "do_sample": False}
+    settings |= {"output_scores": True, "return_dict_in_generate": True, "eos_token_id": None}
+    found, expected = (
+        model.generate(tokens(2, prompt), past_key_values=made(model.config, preset), **settings)
+        for made in (KVarNCache, FakeQuantCache)
+    )
+    assert_close(found.sequences_scores, expected.sequences_scores)
+    assert torch.equal(found.sequences, expected.sequences)
 
 
 def test_one_layer_alone_is_refused(model, preset):

@@ -48,15 +48,25 @@ fn with_few_blocks(key: AttendKey, plan: &StepPlan) -> AttendKey {
     AttendKey { query_tokens: key.query_tokens.max(plan.tokens / 32), ..key }
 }
 
-/// Runs the steps; `check` sees each plan while it is open.
-fn run(rule: SealRule, batches: &[Batch], mut check: impl FnMut(&StepPlan)) {
+/// Runs the steps; `check` sees each plan while it is open, and with the first step after it the fork: before every third
+/// step the last sequence is replaced by a fork of the first, (that one, its fork).
+fn run(
+    rule: SealRule,
+    batches: &[Batch],
+    mut check: impl FnMut(&StepPlan, Option<(SequenceId, SequenceId)>),
+) {
     let mut tables = Tables::new(rule, 300_000, 300_000).unwrap();
-    let ids: Vec<SequenceId> = (0..3).map(|_| tables.create()).collect();
-    for batch in batches {
+    let mut ids: Vec<SequenceId> = (0..3).map(|_| tables.create()).collect();
+    for (index, batch) in batches.iter().enumerate() {
+        let forked = (index % 3 == 2).then(|| {
+            tables.free(ids[2]).unwrap();
+            ids[2] = tables.fork(ids[0]).unwrap();
+            (ids[0], ids[2])
+        });
         let counts: Vec<usize> = batch.iter().map(|&(count, ..)| count).collect();
         let hold: Vec<usize> = batch.iter().map(|&(count, hold, _)| hold.min(count)).collect();
         let plan = tables.plan_step(&ids, &counts, &hold).unwrap();
-        check(&plan);
+        check(&plan, forked);
         tables.finish(plan.id).unwrap();
         for (&id, &(.., drop)) in ids.iter().zip(batch) {
             let length = tables.view(id).unwrap().length;
@@ -199,8 +209,16 @@ struct Memory {
 }
 
 impl Memory {
-    fn append(&mut self, plan: &StepPlan) {
+    fn append(&mut self, plan: &StepPlan, forked: Option<(SequenceId, SequenceId)>) {
         let group = self.rule.group();
+        if let Some((parent, fork)) = forked {
+            let tokens = self.tokens.get(&parent).cloned().unwrap_or_default();
+            self.tokens.insert(fork, tokens);
+        }
+        for copy in plan.sequences.iter().filter_map(|sequence| sequence.copy) {
+            let slot = self.slots[&copy.from].clone();
+            self.slots.insert(copy.to, slot);
+        }
         let made = AppendPlan::new(plan, group);
         assert_eq!(made.slot_of_row.len(), plan.tokens);
         assert_eq!(made.count(), plan.sequences.iter().map(|sequence| sequence.seals.len()).sum::<usize>());
@@ -245,12 +263,12 @@ proptest! {
 
     #[test]
     fn what_a_block_of_queries_may_see_is_read_once(rule in rules(), batches in batches(), key in keys()) {
-        run(rule, &batches, |plan| check_attend(plan, &rule, with_few_blocks(key, plan)));
+        run(rule, &batches, |plan, _| check_attend(plan, &rule, with_few_blocks(key, plan)));
     }
 
     #[test]
     fn a_sequence_has_the_same_items_alone_and_in_a_batch(rule in rules(), batches in batches(), key in keys()) {
-        run(rule, &batches, |plan| {
+        run(rule, &batches, |plan, _| {
             let key = with_few_blocks(key, plan);
             for (index, sequence) in plan.sequences.iter().enumerate() {
                 let alone = StepPlan {
@@ -273,7 +291,7 @@ proptest! {
             slots: HashMap::new(),
             pages: HashMap::new(),
         };
-        run(rule, &batches, |plan| memory.append(plan));
+        run(rule, &batches, |plan, forked| memory.append(plan, forked));
     }
 }
 

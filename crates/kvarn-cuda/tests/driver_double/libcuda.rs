@@ -273,6 +273,11 @@ api! {
         std::ptr::copy_nonoverlapping(from, to as *mut u8, bytes);
         0
     }
+    cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, _stream: u64) {
+        if !with(|books| usable(books, to, bytes) && usable(books, from, bytes)) { return ILLEGAL_ADDRESS; }
+        std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes);
+        0
+    }
     cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) {
         if !with(|books| usable(books, from, bytes)) { return ILLEGAL_ADDRESS; }
         std::ptr::copy_nonoverlapping(from as *const u8, to, bytes);

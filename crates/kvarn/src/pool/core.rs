@@ -44,6 +44,16 @@ impl PoolCore {
         self.tables().create()
     }
 
+    /// A new sequence that holds what another one holds; see [`Tables::fork`].
+    pub fn fork(&self, sequence: SequenceId) -> Result<SequenceId, PoolError> {
+        Ok(self.tables().fork(sequence)?)
+    }
+
+    /// Makes each sequence hold what another one held; see [`Tables::reorder`].
+    pub fn reorder(&self, sequences: &[SequenceId], order: &[usize]) -> Result<(), PoolError> {
+        Ok(self.tables().reorder(sequences, order)?)
+    }
+
     /// Forgets a sequence and gives back its pages and slots.
     pub fn free(&self, sequence: SequenceId) -> Result<(), PoolError> {
         Ok(self.tables().free(sequence)?)

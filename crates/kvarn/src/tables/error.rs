@@ -186,6 +186,27 @@ pub enum TableError {
         /// First position after the sealed tiles.
         boundary: usize,
     },
+    /// An order for another number of sequences.
+    #[error("order of {order} for {sequences} sequences: expected one index per sequence; pass {sequences}")]
+    OrderLength {
+        /// Indices given.
+        order: usize,
+        /// Sequences given.
+        sequences: usize,
+    },
+    /// An order that names no sequence of the list.
+    #[error(
+        "order {from} at {index}: expected 0 to {}, an index into the sequences; pass one of these",
+        .sequences - 1
+    )]
+    OrderIndex {
+        /// Which index.
+        index: usize,
+        /// What was given.
+        from: usize,
+        /// Sequences given.
+        sequences: usize,
+    },
     /// Too few free pages or slots for a step.
     ///
     /// Sequences are served in batch order, and one that does not fit takes nothing: without those
@@ -219,6 +240,8 @@ impl TableError {
             | Self::HoldExceedsCount { .. }
             | Self::SequenceTooLong { .. }
             | Self::StepTooLong
+            | Self::OrderLength { .. }
+            | Self::OrderIndex { .. }
             | Self::TruncateBeyondLength { .. } => TableErrorKind::Shape,
             Self::ForeignSequence { .. }
             | Self::FreedSequence { .. }

@@ -44,6 +44,17 @@ impl Ids {
         id
     }
 
+    /// Takes one more reference to an id that is held.
+    pub(super) fn retain(&mut self, id: usize) {
+        assert!(self.references[id] > 0, "id {id} taken while it is free");
+        self.references[id] += 1;
+    }
+
+    /// Whether more than one reference is held.
+    pub(super) fn is_shared(&self, id: usize) -> bool {
+        self.references[id] > 1
+    }
+
     /// Gives back one reference; the id is free when the last one is gone.
     pub(super) fn release(&mut self, id: usize) {
         assert!(self.references[id] > 0, "id {id} released more often than it was held");
@@ -99,6 +110,19 @@ mod tests {
         let mut ids = Ids::new(usize::MAX);
         assert_eq!(ids.allocate(), 0);
         assert_eq!(ids.unused(), usize::MAX - 1);
+    }
+
+    #[test]
+    fn an_id_is_free_when_its_last_reference_is_given_back() {
+        let mut ids = Ids::new(2);
+        let id = ids.allocate();
+        assert!(!ids.is_shared(id));
+        ids.retain(id);
+        assert!(ids.is_shared(id));
+        ids.release(id);
+        assert_eq!((ids.used(), ids.is_shared(id)), (1, false));
+        ids.release(id);
+        assert_eq!(ids, Ids::new(2));
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //! - A **page** holds the records of one sealed tile, a **slot** the 16-bit K and V of one tile
 //!   that is a sink or part of the tail. Both are reference counted by physical id; nothing is
 //!   keyed by request.
+//! - A **fork** of a sequence shares its pages and slots. Pages and full slots never change; a slot that is not full is
+//!   copied by the first step that would write to it.
 //! - A **sequence** owns a block table (page of each tile) and a slot table (slot of each tile), -1
 //!   where there is none. Tables are handed out as shared snapshots that never change.
 //! - A **step** is one forward pass of a batch: [`Tables::plan_step`] reserves all it needs or
@@ -36,5 +38,5 @@ pub use handle::{SequenceId, StepId};
 pub use pool::Tables;
 pub use rule::{MAX_TOKENS, SealRule};
 pub use stats::{Stats, Usage};
-pub use step::{Seal, SealSource, SequencePlan, SlotWrite, StepPlan};
+pub use step::{Seal, SealSource, SequencePlan, SlotCopy, SlotWrite, StepPlan};
 pub use view::{Place, SequenceView, Span};

@@ -8,8 +8,8 @@ use super::ids::Ids;
 use super::pool::release_missing;
 use super::rule::MAX_TOKENS;
 use super::{
-    Lack, Seal, SealRule, SealSource, SequenceId, SequencePlan, SequenceView, SlotWrite, StepId, StepPlan,
-    TableError, Tables,
+    Lack, Seal, SealRule, SealSource, SequenceId, SequencePlan, SequenceView, SlotCopy, SlotWrite, StepId,
+    StepPlan, TableError, Tables,
 };
 
 impl Tables {
@@ -38,10 +38,20 @@ impl Tables {
             let state = self.existing(sequence);
             state.step = Some(id);
             let before = state.view.clone();
-            let Parts { after, writes, seals } =
+            let Parts { after, copy, writes, seals } =
                 demands[index].allocate(&self.rule, &before, first_row, &mut self.pages, &mut self.slots);
             let (count, hold) = (counts[index], hold[index]);
-            plans.push(SequencePlan { id: sequence, count, hold, first_row, before, after, writes, seals });
+            plans.push(SequencePlan {
+                id: sequence,
+                count,
+                hold,
+                first_row,
+                before,
+                after,
+                copy,
+                writes,
+                seals,
+            });
             first_row += count;
             first_rows.push(first_row as i32);
         }
@@ -127,7 +137,7 @@ impl Tables {
             if rows > MAX_TOKENS {
                 return Err(TableError::StepTooLong);
             }
-            demands.push(Demand::new(&self.rule, view, count, hold));
+            demands.push(Demand::new(&self.rule, view, &self.slots, count, hold));
         }
         Ok(demands)
     }
@@ -158,16 +168,19 @@ struct Demand {
     sealed: usize,
     pages: usize,
     slots: usize,
+    /// The tile whose slot is not full, is shared, and gets tokens.
+    shared: Option<usize>,
 }
 
 struct Parts {
     after: SequenceView,
+    copy: Option<SlotCopy>,
     writes: Vec<SlotWrite>,
     seals: Vec<Seal>,
 }
 
 impl Demand {
-    fn new(rule: &SealRule, before: &SequenceView, count: usize, hold: usize) -> Self {
+    fn new(rule: &SealRule, before: &SequenceView, slots: &Ids, count: usize, hold: usize) -> Self {
         let length = before.length + count;
         let committed = length - hold;
         // After a truncation more tiles may be sealed than are due: they stay so.
@@ -177,12 +190,18 @@ impl Demand {
         let (old_tiles, tiles) = (rule.tiles(before.length), rule.tiles(length));
         let tail = tiles.saturating_sub(old_tiles.max(sealed));
         let sealed_sink = old_tiles == 0 && sealed > 0 && rule.keeps_slot(0);
+        let open = before.length / rule.group();
+        let shared = (count > 0 && !before.length.is_multiple_of(rule.group()))
+            .then_some(open)
+            .filter(|&tile| slots.is_shared(before.slot_table[tile] as usize));
+        let copied = shared.is_some_and(|tile| tile >= sealed || rule.keeps_slot(tile));
         Self {
             length,
             committed,
             sealed,
             pages: rule.pages(sealed) - rule.pages(before.sealed),
-            slots: tail + usize::from(sealed_sink),
+            slots: tail + usize::from(sealed_sink) + usize::from(copied),
+            shared,
         }
     }
 
@@ -202,7 +221,7 @@ impl Demand {
             block_table: Arc::clone(&before.block_table),
             slot_table: Arc::clone(&before.slot_table),
         };
-        let (mut writes, mut seals) = (Vec::new(), Vec::new());
+        let (mut copy, mut writes, mut seals) = (None, Vec::new(), Vec::new());
         if tiles > before.block_table.len() {
             Arc::make_mut(&mut after.block_table).resize(tiles, -1);
             Arc::make_mut(&mut after.slot_table).resize(tiles, -1);
@@ -214,12 +233,17 @@ impl Demand {
             let to = (tile_start + rule.group()).min(self.length);
             let row = |position: usize| first_row + (position - before.length);
 
-            if after.slot_table[tile] < 0 && (tile >= self.sealed || rule.keeps_slot(tile)) {
-                Arc::make_mut(&mut after.slot_table)[tile] = slots.allocate() as i32;
+            let in_slot = tile >= self.sealed || rule.keeps_slot(tile);
+            let shared = self.shared == Some(tile);
+            if in_slot && (shared || after.slot_table[tile] < 0) {
+                let new = slots.allocate();
+                let old = std::mem::replace(&mut Arc::make_mut(&mut after.slot_table)[tile], new as i32);
+                copy = shared.then_some(SlotCopy { from: old as usize, to: new }).or(copy);
             }
             let slot = usize::try_from(after.slot_table[tile]).ok();
             if let Some(slot) = slot
                 && from < to
+                && (in_slot || !shared)
             {
                 writes.push(SlotWrite { slot, offset: from - tile_start, row: row(from), count: to - from });
             }
@@ -227,14 +251,20 @@ impl Demand {
             if tile < self.sealed && rule.has_page(tile) {
                 let page = pages.allocate();
                 Arc::make_mut(&mut after.block_table)[tile] = page as i32;
-                let source = slot.map_or_else(|| SealSource::Rows(row(tile_start)), SealSource::Slot);
+                let source = match slot {
+                    None => SealSource::Rows(row(tile_start)),
+                    Some(slot) if shared && !in_slot => {
+                        SealSource::SharedSlot { slot, stored: from - tile_start, row: row(from) }
+                    }
+                    Some(slot) => SealSource::Slot(slot),
+                };
                 seals.push(Seal { tile, page, source });
                 if slot.is_some() && !rule.keeps_slot(tile) {
                     Arc::make_mut(&mut after.slot_table)[tile] = -1;
                 }
             }
         }
-        Parts { after, writes, seals }
+        Parts { after, copy, writes, seals }
     }
 }
 

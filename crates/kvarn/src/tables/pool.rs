@@ -99,6 +99,47 @@ impl Tables {
         Ok(())
     }
 
+    /// A new sequence that holds what `id` holds, held tokens included, in the same pages and slots. Refused in an open
+    /// step.
+    pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId, TableError> {
+        let view = self.idle(id)?.view.clone();
+        let fork = self.create();
+        self.retain(&view);
+        self.existing(fork).view = view;
+        Ok(fork)
+    }
+
+    /// Makes each `sequences[i]` hold what `sequences[order[i]]` held, as if by forks; what none of them holds any more is
+    /// given back. Refused where one is in an open step, or named twice.
+    pub fn reorder(&mut self, sequences: &[SequenceId], order: &[usize]) -> Result<(), TableError> {
+        if order.len() != sequences.len() {
+            return Err(TableError::OrderLength { order: order.len(), sequences: sequences.len() });
+        }
+        let mut seen = BTreeMap::new();
+        for (index, &sequence) in sequences.iter().enumerate() {
+            self.idle(sequence)?;
+            if let Some(first) = seen.insert(sequence, index) {
+                return Err(TableError::DuplicateSequence { sequence, first, second: index });
+            }
+        }
+        if let Some(index) = order.iter().position(|&from| from >= sequences.len()) {
+            return Err(TableError::OrderIndex { index, from: order[index], sequences: sequences.len() });
+        }
+        // All are retained before any is released: nothing that is kept is ever free.
+        let views: Vec<SequenceView> =
+            order.iter().map(|&from| self.existing(sequences[from]).view.clone()).collect();
+        for view in &views {
+            self.retain(view);
+        }
+        for (&sequence, view) in sequences.iter().zip(views) {
+            let before = std::mem::replace(&mut self.existing(sequence).view, view);
+            let nothing = Arc::default();
+            release_missing(&mut self.pages, &before.block_table, &nothing);
+            release_missing(&mut self.slots, &before.slot_table, &nothing);
+        }
+        Ok(())
+    }
+
     /// Forgets a sequence and gives back its pages and slots. Refused in an open step.
     pub fn free(&mut self, id: SequenceId) -> Result<(), TableError> {
         self.idle(id)?;
@@ -141,6 +182,15 @@ impl Tables {
         let after = sequence.view.clone();
         release_missing(&mut self.pages, &before.block_table, &after.block_table);
         release_missing(&mut self.slots, &before.slot_table, &after.slot_table);
+    }
+
+    /// Counts the references of one more sequence with these tables.
+    fn retain(&mut self, view: &SequenceView) {
+        for (ids, table) in [(&mut self.pages, &view.block_table), (&mut self.slots, &view.slot_table)] {
+            for &id in table.iter().filter(|&&id| id >= 0) {
+                ids.retain(id as usize);
+            }
+        }
     }
 
     fn sequence(&self, id: SequenceId) -> Result<&Sequence, TableError> {

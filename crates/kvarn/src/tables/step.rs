@@ -6,7 +6,7 @@ use super::{SequenceId, SequenceView, StepId};
 
 /// One forward pass of a batch.
 ///
-/// In each layer a backend first copies `writes`, then encodes `seals`. Until then the layer is
+/// In each layer a backend first carries out `copy`, then `writes`, then `seals`. Until then the layer is
 /// read through [`SequencePlan::before`], from then on through [`SequencePlan::after`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepPlan {
@@ -35,10 +35,21 @@ pub struct SequencePlan {
     pub before: SequenceView,
     /// What is stored after a layer's append, and from finish on.
     pub after: SequenceView,
+    /// The slot that is to be copied before anything is written, if any.
+    pub copy: Option<SlotCopy>,
     /// Rows to copy into slots, by ascending row.
     pub writes: Vec<SlotWrite>,
     /// Tiles to encode into pages, by ascending tile, after the writes.
     pub seals: Vec<Seal>,
+}
+
+/// The slot of a tile that is not full, which other sequences share: the step writes to a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotCopy {
+    /// The slot that is shared, and stays as it is.
+    pub from: usize,
+    /// The slot of this sequence alone.
+    pub to: usize,
 }
 
 /// Consecutive rows that go into one slot.
@@ -72,6 +83,16 @@ pub enum SealSource {
     Slot(usize),
     /// In the step's rows, from this one on: the whole tile arrived in this step and has no slot.
     Rows(usize),
+    /// In a slot that other sequences share, and which this step does not write to: `stored` tokens; the others are in the
+    /// step's rows, from `row` on.
+    SharedSlot {
+        /// The slot.
+        slot: usize,
+        /// Tokens of the tile that are in it.
+        stored: usize,
+        /// Row of the first token that is not.
+        row: usize,
+    },
 }
 
 impl SequencePlan {

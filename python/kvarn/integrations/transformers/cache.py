@@ -1,7 +1,9 @@
 """The cache that users pass to a model as ``past_key_values``."""
 
-from typing import Any, NoReturn
+import copy
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
@@ -15,8 +17,11 @@ from kvarn.integrations.transformers.rows import Rows, Settings
 class KVarNCache(Cache):
     """A KV cache that stores the full-attention layers of a model as KVarN records.
 
-    Layers of other types (sliding, chunked, linear) keep transformers' own classes. Memory is reserved for
-    batch × max_tokens at the first forward pass and used as tokens arrive.
+    Layers of other types (sliding, chunked, linear) keep transformers' own classes. Address space is
+    reserved for max_rows × max_tokens at the first forward pass, and memory taken as tokens arrive.
+
+    Rows can be forked: beams, `batch_repeat_interleave` and ``copy.deepcopy`` share what was stored, and
+    nothing is copied but a last, unfinished tile when one of them goes on.
 
     Give it to `generate` or to the model as ``past_key_values``. It is fast where the model's attention is
     ``"kvarn"`` and gives the same under every other, which builds dense tensors at each step. Under
@@ -35,6 +40,8 @@ class KVarNCache(Cache):
             at once.
         padding: left padding of each row in columns, for attention functions other than ``"kvarn"``.
         max_tokens: columns that a row can hold, padding included; None: ``config.max_position_embeddings``.
+        max_rows: rows that the cache and its copies can hold together; None: 16, or four times those of the
+            first forward pass.
         refit: whether codes and scales are refitted after rounding, as in `kvarn.Config`.
         iterations: rounds of variance normalisation (KVarN, arXiv 2606.03458, Alg. 1).
         sink_tokens: tokens of 16 bit at the start of a row; None: a group.
@@ -53,6 +60,7 @@ class KVarNCache(Cache):
         hold: int | None = None,
         padding: list[int] | None = None,
         max_tokens: int | None = None,
+        max_rows: int | None = None,
         refit: bool = True,
         iterations: int = 8,
         sink_tokens: int | None = None,
@@ -66,7 +74,16 @@ class KVarNCache(Cache):
                 "least one full_attention layer to store as records; use a DynamicCache"
             )
         settings = _settings(
-            decoder, preset, hold, padding, max_tokens, refit, iterations, sink_tokens, recent_tokens
+            decoder,
+            preset,
+            hold,
+            padding,
+            max_tokens,
+            max_rows,
+            refit,
+            iterations,
+            sink_tokens,
+            recent_tokens,
         )
         settings.codec(_ANY_HEAD_DIM)
         full = [index for index, kind in enumerate(types) if kind == "full_attention"]
@@ -122,12 +139,12 @@ class KVarNCache(Cache):
             self._rows.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row beam_idx[i] was.
+        """Make row i what row beam_idx[i] was; a row may come several times.
 
         Raises:
-            UnsupportedError: a row is taken twice.
+            CapacityError: more rows than max_rows; nothing is changed.
         """
-        self._rows.select("reorder_cache", beam_idx)
+        self._rows.select(beam_idx)
         for layer in self._others():
             layer.reorder_cache(beam_idx)
 
@@ -135,9 +152,9 @@ class KVarNCache(Cache):
         """Keep the rows that indices name (integers, or a bool mask), in that order, and free the others.
 
         Raises:
-            UnsupportedError: a row is taken twice.
+            CapacityError: more rows than max_rows; nothing is changed.
         """
-        self._rows.select("batch_select_indices", indices)
+        self._rows.select(indices)
         for layer in self._others():
             layer.batch_select_indices(indices)
 
@@ -145,22 +162,31 @@ class KVarNCache(Cache):
         """Repeat every row.
 
         Raises:
-            UnsupportedError: repeats is not 1.
+            ShapeError: repeats is not positive.
+            CapacityError: more rows than max_rows; nothing is changed.
         """
-        if repeats != 1:
-            raise UnsupportedError(
-                f"batch_repeat_interleave({repeats}): expected 1, as rows cannot be forked yet; expand the "
-                "batch before the prompt, or use a DynamicCache"
+        if repeats < 1:
+            raise ShapeError(
+                f"batch_repeat_interleave({repeats}): expected at least 1; reset() drops all rows"
             )
+        self._rows.select(torch.arange(len(self._rows.sequences)).repeat_interleave(repeats))
+        for layer in self._others():
+            layer.batch_repeat_interleave(repeats)
 
     def _others(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, KVarNLayer)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise UnsupportedError(
-            "copy of a KVarNCache: expected none, as rows cannot be forked yet; run the prompt through a "
-            "new cache"
-        )
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVarNCache":
+        """Return a cache of its own with the same rows, in the same pool.
+
+        Raises:
+            CapacityError: more rows than max_rows.
+        """
+        made: KVarNCache = object.__new__(type(self))
+        memo[id(self)] = made
+        memo[id(self._rows)] = self._rows.copy()
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
 
 
 # Presets, sinks and iterations are checked before a head dim is known; any valid one serves.
@@ -173,6 +199,7 @@ def _settings(
     hold: int | None,
     padding: list[int] | None,
     max_tokens: int | None,
+    max_rows: int | None,
     refit: bool,
     iterations: int,
     sink_tokens: int | None,
@@ -184,6 +211,8 @@ def _settings(
         raise ConfigError(
             f"max_tokens {max_tokens}: expected at least 1; give max_tokens, the longest row to hold"
         )
+    if max_rows is not None and max_rows < 1:
+        raise ConfigError(f"max_rows {max_rows}: expected at least 1, or None for room to spare")
     if hold is not None and hold < 0:
         raise ConfigError(f"hold {hold}: expected at least 0, or None for all new tokens up to a group")
     if padding is not None and min(padding, default=0) < 0:
@@ -193,6 +222,7 @@ def _settings(
         hold=hold,
         padding=None if padding is None else tuple(padding),
         max_tokens=max_tokens,
+        max_rows=max_rows,
         refit=refit,
         iterations=iterations,
         sink_tokens=sink_tokens,

@@ -93,8 +93,8 @@ class ForwardPass:
         rows, past = self.rows, self.rows.columns
         batch, total = len(rows.sequences), past + self.columns
         tokens = None
-        if rows.settings.padding is not None:
-            tokens = torch.arange(total) >= torch.tensor(rows.settings.padding)[:, None]
+        if rows.padding is not None:
+            tokens = torch.arange(total) >= torch.tensor(rows.padding)[:, None]
         if mask is None:
             return (None if tokens is None else tokens[:, past:]), False
         if mask.shape != (batch, total):

@@ -1,11 +1,13 @@
 """The rows of a batch: one pool for all KVarN layers of a model, one sequence per row."""
 
+import contextlib
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvarn import CapacityError, Config, LayerShape, Pool, Sequence, ShapeError
+from kvarn import CapacityError, Config, KvarnError, LayerShape, Pool, Sequence, ShapeError
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.forward import ForwardPass
 
@@ -18,6 +20,7 @@ class Settings:
     hold: int | None
     padding: tuple[int, ...] | None
     max_tokens: int
+    max_rows: int | None
     refit: bool
     iterations: int
     sink_tokens: int | None
@@ -33,6 +36,10 @@ class Settings:
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
+
+
+# Rows that there is room for where nobody says how many: four copies of a small batch, or more.
+_ROWS = 16
 
 
 class Rows:
@@ -54,14 +61,20 @@ class Rows:
         self.layers = len(shapes)
         self.materializations = 0
         self._ratios = shapes
+        self._give_back: weakref.finalize[..., Rows] | None = None
         self.close()
 
     def close(self) -> None:
         """Forget everything and give the memory back; the next `open` starts afresh."""
+        if self._give_back is not None:
+            self.abandon()
+            self._give_back()
+        self._give_back = None
         self.forward: ForwardPass | None = None
         self.pool: Pool | None = None
         self.config: Config | None = None
         self.sequences: list[Sequence] = []
+        self.padding = self.settings.padding
         self.sealed: list[int] = []
         self.columns = 0
         self.stored: Tensor | None = None
@@ -83,9 +96,9 @@ class Rows:
 
     def _make(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         settings = self.settings
-        if settings.padding is not None and len(settings.padding) != batch:
+        if self.padding is not None and len(self.padding) != batch:
             raise ShapeError(
-                f"padding of {len(settings.padding)} rows: expected one entry for each of the {batch} rows "
+                f"padding of {len(self.padding)} rows: expected one entry for each of the {batch} rows "
                 "of the batch"
             )
         self.config = config = settings.codec(self._shapes[0][1])
@@ -93,16 +106,48 @@ class Rows:
         self.hold = group if settings.hold is None else settings.hold
         # Tiles being sealed and the new tail have slots at the same time while a step is open.
         slots = (config.sink_tokens > 0) + 2 * -(-(config.recent_tokens + group + self.hold - 1) // group)
+        # Only address space: memory is taken as tokens arrive.
+        self.room = max(_ROWS, 4 * batch) if settings.max_rows is None else settings.max_rows
+        self._check_room(batch)
         self.pool = Pool(
             config,
             layers=[LayerShape(heads, dim) for heads, dim in self._shapes],
-            pages=batch * -(-settings.max_tokens // group),
-            slots=batch * slots,
+            pages=self.room * -(-settings.max_tokens // group),
+            slots=self.room * slots,
             dtype="float32" if dtype == torch.float32 else "float16",
             device=str(device),
         )
-        self.sequences = [self.pool.create() for _ in range(batch)]
+        self._hold_on([self.pool.create() for _ in range(batch)])
         self.sealed = [0] * batch
+
+    def _hold_on(self, sequences: list[Sequence]) -> None:
+        """Make these the rows' sequences; they are freed when nobody has the rows any more."""
+        if self._give_back is not None:
+            self._give_back.detach()
+        self.sequences = sequences
+        self._give_back = weakref.finalize(self, _free, self.pool, sequences)
+        self._give_back.atexit = False
+
+    def _check_room(self, rows: int) -> None:
+        if rows > self.room:
+            raise CapacityError(
+                f"{rows} rows, copies of the cache included: expected at most max_rows={self.room}; make the "
+                "KVarNCache with a larger max_rows"
+            )
+
+    def copy(self) -> "Rows":
+        """Return rows that hold the same, in the same pool; nothing is copied before one of them grows."""
+        self.abandon()
+        made = Rows(self.settings, self._ratios, sharing=self.sharing)
+        made.materializations, made.columns, made.padding = self.materializations, self.columns, self.padding
+        if self.pool is not None:
+            self._check_room(self.pool.stats().sequences + len(self.sequences))
+            made.pool, made.config, made.hold, made.room = self.pool, self.config, self.hold, self.room
+            made._shapes = self._shapes
+            made._hold_on([self.pool.fork(sequence) for sequence in self.sequences])
+            made.sealed = list(self.sealed)
+            made.stored = None if self.stored is None else self.stored.clone()
+        return made
 
     def begin(self, layer: int, columns: int) -> ForwardPass:
         """Enter `columns` new columns into layer, opening a forward pass with the first layer.
@@ -197,29 +242,39 @@ class Rows:
         if self.stored is not None:
             self.stored = self.stored[:, : self.columns]
 
-    def select(self, operation: str, indices: Tensor) -> None:
+    def select(self, indices: Tensor) -> None:
         """Make row i what row indices[i] was, and free the rows that no index names.
 
         Args:
-            operation: what the caller asked for, for the error's text.
-            indices: [new batch], integer, or a bool mask over the rows.
+            indices: [new batch], integer, or a bool mask over the rows. A row may come several times.
+
+        Raises:
+            CapacityError: more rows than there is room for; nothing is changed.
         """
         self.abandon()
         if self.pool is None:
             return
         batch = len(self.sequences)
         order: list[int] = torch.arange(batch)[indices.cpu()].tolist()
-        twice = next((row for row in order if order.count(row) > 1), None)
-        if twice is not None:
-            raise UnsupportedError(
-                f"{operation} takes row {twice} {order.count(twice)} times: expected each row at most once, "
-                "as rows cannot be forked yet; use num_beams=1 and expand the batch before the prompt, or a "
-                "DynamicCache"
-            )
+        named = set(order)
+        self._check_room(self.pool.stats().sequences - batch + len(order))
+        sequences = []
+        for index, row in enumerate(order):
+            again = row in order[:index]
+            sequences.append(self.pool.fork(self.sequences[row]) if again else self.sequences[row])
         for row in range(batch):
-            if row not in order:
+            if row not in named:
                 self.pool.free(self.sequences[row])
-        self.sequences = [self.sequences[row] for row in order]
+        self._hold_on(sequences)
         self.sealed = [self.sealed[row] for row in order]
+        if self.padding is not None:
+            self.padding = tuple(self.padding[row] for row in order)
         if self.stored is not None:
             self.stored = self.stored[order]
+
+
+def _free(pool: Pool, sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        # One that a broken forward pass left in its step is given back with the pool.
+        with contextlib.suppress(KvarnError):
+            pool.free(sequence)

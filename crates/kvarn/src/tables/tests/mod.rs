@@ -18,6 +18,8 @@ enum Op {
     Close { pick: usize, finish: bool },
     Truncate { pick: usize, drop: usize },
     Free { pick: usize },
+    Fork { pick: usize },
+    Reorder { picks: Vec<(usize, usize)> },
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -34,7 +36,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         ]).prop_map(|(picks, close)| Op::Plan { picks, close }),
         2 => (pick.clone(), any::<bool>()).prop_map(|(pick, finish)| Op::Close { pick, finish }),
         3 => (pick.clone(), 0..12_usize).prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
-        1 => pick.prop_map(|pick| Op::Free { pick }),
+        1 => pick.clone().prop_map(|pick| Op::Free { pick }),
+        3 => pick.clone().prop_map(|pick| Op::Fork { pick }),
+        1 => prop::collection::vec((pick.clone(), pick), 0..4).prop_map(|picks| Op::Reorder { picks }),
     ];
     prop::collection::vec(op, 1..60)
 }

@@ -38,7 +38,15 @@ impl Model {
 }
 
 /// Pages and slots that a step of one sequence takes, tile by tile.
-pub(super) fn needs(rule: &SealRule, model: &Model, count: usize, hold: usize) -> (usize, usize) {
+///
+/// `shares_its_tail`: other sequences have the slot of its last tile too.
+pub(super) fn needs(
+    rule: &SealRule,
+    model: &Model,
+    count: usize,
+    hold: usize,
+    shares_its_tail: bool,
+) -> (usize, usize) {
     let group = rule.group();
     let (start, end) = (model.tokens.len(), model.tokens.len() + count);
     let (mut pages, mut slots) = (0, 0);
@@ -50,7 +58,9 @@ pub(super) fn needs(rule: &SealRule, model: &Model, count: usize, hold: usize) -
         let new = start <= tile * group;
         let sink = tile == 0 && rule.sink_tokens() > 0;
         pages += usize::from(seals);
-        slots += usize::from(new && (!seals || sink));
+        let grows = start > tile * group && start < end.min((tile + 1) * group);
+        let copied = grows && shares_its_tail;
+        slots += usize::from((new || copied) && (!seals || sink));
     }
     (pages, slots)
 }

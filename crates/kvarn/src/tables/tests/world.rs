@@ -68,6 +68,8 @@ impl World {
             }
             Op::Truncate { pick, drop } => self.truncate(*pick, *drop),
             Op::Free { pick } => self.free(*pick),
+            Op::Fork { pick } => self.fork(*pick),
+            Op::Reorder { picks } => self.reorder(picks),
         }
         self.check();
     }
@@ -92,7 +94,9 @@ impl World {
         let unused = (self.tables.pages.unused(), self.tables.slots.unused());
         let (pages, slots) = batch
             .iter()
-            .map(|&(index, count, hold)| needs(&self.rule, &self.models[index], count, hold))
+            .map(|&(index, count, hold)| {
+                needs(&self.rule, &self.models[index], count, hold, self.shares_its_tail(index))
+            })
             .fold((0, 0), |sum, need| (sum.0 + need.0, sum.1 + need.1));
 
         match self.plan_batch(&batch) {
@@ -137,6 +141,9 @@ impl World {
             self.models[index].largest_hold = self.models[index].largest_hold.max(hold);
         }
         for sequence in &plan.sequences {
+            if let Some(copy) = sequence.copy {
+                self.slots[copy.to] = self.slots[copy.from].clone();
+            }
             for write in &sequence.writes {
                 let rows = &values[write.row..write.row + write.count];
                 self.slots[write.slot][write.offset..write.offset + write.count].copy_from_slice(rows);
@@ -145,6 +152,10 @@ impl World {
                 self.pages[seal.page] = match seal.source {
                     SealSource::Slot(slot) => self.slots[slot].clone(),
                     SealSource::Rows(row) => values[row..row + self.rule.group()].to_vec(),
+                    SealSource::SharedSlot { slot, stored, row } => {
+                        let rows = &values[row..row + self.rule.group() - stored];
+                        [&self.slots[slot][..stored], rows].concat()
+                    }
                 };
             }
         }
@@ -177,6 +188,52 @@ impl World {
             }
             let expected = if finish { &sequence.after } else { &sequence.before };
             assert_eq!(self.tables.view(sequence.id).unwrap(), expected);
+        }
+    }
+
+    /// Whether another sequence, as it is or as an open step makes it, has the slot of this one's last tile.
+    fn shares_its_tail(&self, index: usize) -> bool {
+        let id = self.models[index].id;
+        let Some(&slot) = self.tables.view(id).unwrap().slot_table.last() else { return false };
+        let planned = self.open.iter().flat_map(|step| &step.plan.sequences);
+        let others = self.models.iter().filter(|model| model.id != id);
+        let mut views = others
+            .map(|model| self.tables.view(model.id).unwrap())
+            .chain(planned.filter(|plan| plan.id != id).map(|plan| &plan.after));
+        slot >= 0 && views.any(|view| view.slot_table.contains(&slot))
+    }
+
+    fn fork(&mut self, pick: usize) {
+        if self.models.is_empty() {
+            return;
+        }
+        let index = pick % self.models.len();
+        let before = state(&self.tables);
+        let result = self.tables.fork(self.models[index].id);
+        if self.models[index].open {
+            assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
+            assert_eq!(state(&self.tables), before);
+            return;
+        }
+        let id = result.unwrap();
+        assert!(self.models.iter().all(|model| model.id != id));
+        self.models.push(Model { id, ..self.models[index].clone() });
+    }
+
+    fn reorder(&mut self, picks: &[(usize, usize)]) {
+        let free: Vec<usize> = (0..self.models.len()).filter(|&index| !self.models[index].open).collect();
+        let mut chosen: Vec<usize> = Vec::new();
+        for (pick, _) in picks {
+            let index = free.get(pick % free.len().max(1)).copied();
+            chosen.extend(index.filter(|index| !chosen.contains(index)));
+        }
+        let order: Vec<usize> =
+            picks.iter().take(chosen.len()).map(|(_, from)| from % chosen.len().max(1)).collect();
+        let ids: Vec<SequenceId> = chosen.iter().map(|&index| self.models[index].id).collect();
+        self.tables.reorder(&ids, &order).unwrap();
+        let old: Vec<Model> = chosen.iter().map(|&index| self.models[index].clone()).collect();
+        for (&index, &from) in chosen.iter().zip(&order) {
+            self.models[index] = Model { id: self.models[index].id, ..old[from].clone() };
         }
     }
 
