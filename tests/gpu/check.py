@@ -119,6 +119,11 @@ class Twin:
         self.sequences.append((self.cpu.create(), self.gpu.create()))
         return len(self.sequences) - 1
 
+    def fork(self, index):
+        cpu, gpu = self.sequences[index]
+        self.sequences.append((self.cpu.fork(cpu), self.gpu.fork(gpu)))
+        return len(self.sequences) - 1
+
     def step(
         self,
         which,
@@ -425,6 +430,62 @@ def check_permuted_pages():
     print("permuted pages: done", flush=True)
 
 
+def check_forks():
+    """Forks grow within a shared tile, complete it, and change places; a replayed graph copies slots too."""
+    for d, g, sinks, recent in ((128, 128, None, 0), (64, 64, 16, 40), (96, 64, 0, 0)):
+        made = Twin(d=d, g=g, bits=(4, 2), kv=2, dtype=torch.float16, sinks=sinks, recent=recent, seed=41)
+        a = made.create()
+        made.step([a], [2 * g + 20], 2, group=4)
+        b, c = made.fork(a), made.fork(a)
+        made.step([a, b, c], [1, g - 20, 2 * g], 0, group=4)
+        made.step([b, a], [3, g], 0, group=4)
+        order = [c, a, a]
+        for pool, which in ((made.cpu, 0), (made.gpu, 1)):
+            pool.reorder([made.sequences[i][which] for i in (a, b, c)], [(a, b, c).index(i) for i in order])
+        made.step([a, b, c], [1, 1, 5], 0, group=4)
+        COUNTS.cases += 1
+
+    made = Twin(d=128, g=64, bits=(4, 2), kv=2, dtype=torch.float16, seed=43)
+    first = made.gpu.create()
+    k = made.normal(100, 2, 128)
+    with made.gpu.step([first], [100]) as step:
+        for layer in range(2):
+            step.append(layer, k, k)
+    arrays, stream = made.gpu.static_arrays([1, 1], tokens=300), torch.cuda.Stream()
+    k, q = made.normal(2, 2, 128), made.normal(2, 8, 128)
+
+    def forward(step):
+        for layer in range(2):
+            step.append(layer, k, k)
+        return step.attend(1, q)
+
+    with torch.cuda.stream(stream):
+        outputs = []
+        for replayed in (False, True):
+            pair = [made.gpu.fork(first), made.gpu.fork(first)]
+            if replayed:
+                warm = made.gpu.step(pair, [1, 1], arrays=arrays)
+                forward(warm)
+                warm.abandon()
+                step = made.gpu.step(pair, [1, 1], arrays=arrays)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    out = forward(step)
+                step.replay(graph)
+            else:
+                step = made.gpu.step(pair, [1, 1])
+                out = forward(step)
+            step.finish()
+            torch.cuda.synchronize()
+            outputs.append([out.clone(), *(x for s in pair for x in made.gpu.expand(s, 1))])
+            for sequence in pair:
+                made.gpu.free(sequence)
+    if not all(torch.equal(x, y) for x, y in zip(*outputs, strict=True)):
+        COUNTS.fail("forks: a replayed step differs from an eager one")
+    COUNTS.cases += 1
+    print("forks: done", flush=True)
+
+
 def check_batch_invariance():
     """The same bits alone and in a batch, wherever in it."""
     for d, g, bits, kv, group, dtype in (
@@ -580,6 +641,7 @@ def main():
         check_pairs(arguments.full)
         check_scales()
         check_batch_invariance()
+        check_forks()
         check_residues()
         check_long(arguments.full)
         check_large_offsets()

@@ -282,6 +282,8 @@ def test_freed_sequences_are_refused(pool, filled):
     with unchanged(pool, a):
         for call in (
             lambda: pool.free(b),
+            lambda: pool.fork(b),
+            lambda: pool.reorder([a, b], [0, 0]),
             lambda: pool.truncate(b, 0),
             lambda: pool.step([a, b], [1, 1]),
             lambda: pool.expand(b, 0),
@@ -292,6 +294,36 @@ def test_freed_sequences_are_refused(pool, filled):
         ):
             with refused(StateError, "sequence 1, which was freed: expected a live sequence"):
                 call()
+
+
+@pytest.mark.parametrize(
+    ("batch", "order", "error", "text"),
+    [
+        ([0, 1], [0], ShapeError, "order of 1 for 2 sequences: expected one index per sequence"),
+        ([0, 1], [0, 2], ShapeError, "order 2 at 1: expected 0 to 1, an index into the sequences"),
+        ([0, 1], [0, -1], ShapeError, "order -1"),
+        ([0, 0], [0, 1], ShapeError, "sequence 0 at 0 and 1 of the batch: expected each sequence once"),
+    ],
+)
+def test_orders_are_refused(pool, filled, batch, order, error, text):
+    with unchanged(pool, *filled), refused(error, text):
+        pool.reorder([filled[index] for index in batch], order)
+    pool.reorder([], [])
+
+
+def test_a_copy_of_a_shared_slot_needs_a_free_one():
+    pool = Pool(CFG, layers=1, kv_heads=1, pages=8, slots=1)
+    a = pool.create()
+    k = zeros(3, 1, 32)
+    with pool.step([a], [3]) as step:
+        step.append(0, k, k)
+    b = pool.fork(a)
+    with unchanged(pool, a, b), refused(CapacityError, "sequence 1 needs 1 slot with 0 free"):
+        pool.step([b], [1])
+    pool.free(a)
+    with pool.step([b], [3]) as step:
+        step.append(0, k, k)
+    assert b.length == 6
 
 
 def test_foreign_sequences_are_refused(pool, filled):

@@ -89,6 +89,21 @@ class Model:
             self.committed[sequence] = len(self.tokens[sequence][0][0]) - hold
         self.check()
 
+    def fork(self, sequence):
+        made = self.pool.fork(sequence)
+        self.tokens[made] = list(self.tokens[sequence])
+        self.committed[made] = self.committed[sequence]
+        self.check()
+        return made
+
+    def reorder(self, sequences, order):
+        self.pool.reorder(sequences, order)
+        tokens = [list(self.tokens[sequences[index]]) for index in order]
+        committed = [self.committed[sequences[index]] for index in order]
+        self.tokens.update(zip(sequences, tokens, strict=True))
+        self.committed.update(zip(sequences, committed, strict=True))
+        self.check()
+
     def truncate(self, sequence, length):
         self.pool.truncate(sequence, length)
         self.tokens[sequence] = [(k[:length], v[:length]) for k, v in self.tokens[sequence]]
@@ -176,6 +191,53 @@ def test_ragged_batches_are_stored_and_read_by_the_rules(sink_tokens, recent_tok
     d = model.create()
     model.step([d, a], [200, 2])
     assert model.pool.stats().sequences == 3
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 70])
+@pytest.mark.parametrize("sink_tokens", [0, 16, 64])
+@pytest.mark.parametrize("length", [40, 64, 130])
+def test_forks_share_what_was_stored_and_go_their_own_ways(sink_tokens, recent_tokens, length):
+    model = Model(
+        make_pool(make_config(sink_tokens=sink_tokens, recent_tokens=recent_tokens), pages=64, slots=64)
+    )
+    a = model.create()
+    model.step([a], [length], [3])
+    used = model.pool.stats()
+    b, c = model.fork(a), model.fork(a)
+    assert (model.pool.stats().pages_used, model.pool.stats().slots_used) == (
+        used.pages_used,
+        used.slots_used,
+    )
+    model.truncate(b, length - 3)  # drafts, which the others keep
+    model.step([a, b], [1, 2], [1, 0])
+    model.step([c, b, a], [90, 30, 24])  # complete a shared tile, and go beyond it
+    d = model.fork(c)
+    model.pool.free(c)
+    del model.tokens[c]
+    model.step([d, a], [5, 70])
+    model.reorder([a, b, d], [2, 2, 0])
+    model.step([a, b, d], [1, 1, 1])
+    model.step([b, a, d], [20, 64, 3])
+    model.reorder([a], [0])
+    for sequence in (a, b, d):
+        model.pool.free(sequence)
+    assert (model.pool.stats().pages_used, model.pool.stats().slots_used) == (0, 0)
+
+
+def test_an_abandoned_step_leaves_forks_alone():
+    model = Model(make_pool(make_config()))
+    a = model.create()
+    model.step([a], [70])
+    b = model.fork(a)
+    before = model.pool.stats()
+    step = model.pool.step([a, b], [1, 90])
+    for layer, shape in enumerate(LAYERS):
+        k = model.rows(91, shape)
+        step.append(layer, k, k)
+    step.abandon()
+    assert model.pool.stats() == before
+    model.check()
+    model.step([a, b], [2, 1])
 
 
 def test_records_in_pages_are_those_of_encode():

@@ -41,7 +41,7 @@ class SdpaPeer(Peer):
             calls=[lambda kv=kv: call(*kv) for kv in planes],
             q=memory.q,
             dense=lambda: memory.planes(0),
-            order=lambda out: out.view(memory.q.shape),
+            order=lambda out: out.reshape(memory.q.shape),
         )
 
     def _mask(self, shape, device):
