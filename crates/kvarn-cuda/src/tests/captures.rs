@@ -98,6 +98,59 @@ fn captured_step() {
     step.open().finish().unwrap();
 }
 
+/// A slot that a fork shares is copied by the step that writes to it: before its launches, or before the replay of a graph,
+/// which records no copy.
+#[test]
+#[ignore = "needs the double"]
+fn forked_step() {
+    let pool = pool();
+    let parent = pool.core().create();
+    prompt(&pool, &[parent], G + 5);
+    let copies = || calls(c"cuMemcpyDtoDAsync_v2");
+    let fork = |count: usize| -> Vec<_> { (0..count).map(|_| pool.core().fork(parent).unwrap()).collect() };
+
+    let eager = fork(1);
+    let step = pool.step(&eager, &[1], &[0], None).unwrap();
+    let copy = step.open().plan().sequences[0].copy.unwrap();
+    let bytes = pool.core().layout().layers[0].slot_bytes;
+    let mark = |slot: usize, value: u8| {
+        let at = pool.cache(&pool.core().layout().layers[0]).slots + (slot * bytes) as u64;
+        // SAFETY: memory of the double is the host's; the slot lies within it.
+        unsafe { std::slice::from_raw_parts_mut(at as *mut u8, bytes) }.fill(value);
+        at
+    };
+    let (from, to) = (mark(copy.from, 7), mark(copy.to, 9));
+    forward(&step, STREAM).unwrap();
+    // SAFETY: as above.
+    let found = [from, to].map(|at| unsafe { std::slice::from_raw_parts(at as *const u8, bytes) });
+    assert!(
+        found.iter().all(|slot| slot.iter().all(|&byte| byte == 7)),
+        "the whole slot, and the right way round"
+    );
+    assert_eq!(copies(), LAYERS as u64);
+    step.open().finish().unwrap();
+
+    let pair = fork(2);
+    let arrays = StaticArrays::new(&pool, &[1, 1], 4 * G).unwrap();
+    let plan = || pool.step(&pair, &[1, 1], &[0, 0], Some(&arrays)).unwrap();
+    let warm = plan();
+    forward(&warm, STREAM).unwrap();
+    warm.open().abandon();
+    let before = copies();
+    let step = plan();
+    forward(&step, CAPTURING).unwrap();
+    assert_eq!(copies(), before, "nothing is recorded that later steps would do again");
+    step.send(STREAM).unwrap();
+    assert_eq!(copies(), before + 2 * LAYERS as u64);
+    step.replayed();
+    step.open().finish().unwrap();
+    let step = plan();
+    step.send(STREAM).unwrap();
+    assert_eq!(copies(), before + 2 * LAYERS as u64, "slots of their own by now");
+    step.replayed();
+    step.open().finish().unwrap();
+}
+
 #[test]
 #[ignore = "needs the double"]
 fn capture_refused() {

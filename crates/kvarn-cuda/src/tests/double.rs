@@ -199,6 +199,11 @@ fn a_captured_step_serves_later_ones() {
 }
 
 #[test]
+fn slots_of_forks_are_copied_before_they_are_written_to() {
+    run_with_kernels("captures", "forked_step", &[]);
+}
+
+#[test]
 fn what_cannot_be_captured_is_told_before_a_launch() {
     run_with_kernels("captures", "capture_refused", &[]);
 }
