@@ -68,7 +68,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the tables; write JSON and plot if asked to."""
+    """Write JSON and plot if asked to; print the tables."""
+    for option in ("json", "plot"):
+        path = getattr(arguments, option)
+        if path and not path.parent.is_dir():
+            raise ConfigError(
+                f"--{option} {path}: expected a path in a folder that exists; make the folder first"
+            )
     file = KvFile(arguments.file, arguments.k, arguments.v)
     for layer in file.layers:
         _check(layer, arguments.group)
@@ -89,8 +95,6 @@ def run(arguments: argparse.Namespace) -> None:
                     advance=lambda: bars.advance(bar),
                 )
             )
-    for row in rows:
-        _print_layer(row, arguments.group)
     found = {
         "file": str(arguments.file),
         "group": arguments.group,
@@ -103,6 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         title = f"{arguments.file.name}, tiles of {arguments.group} tokens"
         _write("--plot", arguments.plot, error_chart(title, rows))
+    for row in rows:
+        _print_layer(row, arguments.group)
 
 
 def inspect_layer(
