@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 import kvarn
 from kvarn.cli.tile_statistics import CHUNK
-
-HALF_MAX = 65504.0
-"""The largest half."""
+from kvarn.reference import Counts
+from kvarn.reference.codec import to_slot
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,16 @@ class CodecError:
             rotated: K and V are in the rotated frame.
             bfloat16: K and V are bfloat16 values in float32: slots, and so the encoder, hold them as half.
         """
-        held = [np.clip(x, -HALF_MAX, HALF_MAX).astype(np.float16) for x in (k, v)] if bfloat16 else [k, v]
-        clipped = sum(int(np.sum(np.abs(x) > HALF_MAX)) for x in (k, v)) if bfloat16 else 0
-        records, counts = kvarn.encode(held[0], held[1], cfg, rotated, return_counts=True)
+        cut = Counts()
+        if bfloat16:
+            held = [to_slot(x, "float16", rotated, cut).astype(np.float16) for x in (k, v)]
+            records, counts = kvarn.encode(held[0], held[1], cfg, True, return_counts=True)
+        else:
+            records, counts = kvarn.encode(k, v, cfg, rotated, return_counts=True)
         decoded = kvarn.decode(records, cfg, rotated)
-        return cls(MatrixError.of(k, decoded[0]), MatrixError.of(v, decoded[1]), counts.saturated + clipped)
+        return cls(
+            MatrixError.of(k, decoded[0]), MatrixError.of(v, decoded[1]), counts.saturated + cut.saturated
+        )
 
     @classmethod
     def together(cls, parts: list[CodecError]) -> CodecError:

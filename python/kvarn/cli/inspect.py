@@ -230,11 +230,12 @@ def _print_layer(row: dict[str, Any], group: int) -> None:
     for part in (row, *row.get("heads", ())):
         name = f"KV head {part['head']}: " if "head" in part else ""
         _print_statistics(f"{name}tiles before the codec, median (largest)", part["statistics"])
-        _print_errors(f"{name}after the codec, errors in percent", part["bits"])
+        _print_errors(f"{name}after the codec: errors in percent, × smaller than 16 bit", part["bits"])
     worst = max(part[encoder]["saturated"] for part in row["bits"] for encoder in ENCODERS)
     if worst:
         results().print(
-            f"Up to {worst:,} values or parameters were beyond half range and stored as the largest.\n"
+            f"Up to {worst:,} values or parameters were beyond half range and stored as the largest.\n",
+            soft_wrap=True,
         )
 
 
@@ -247,7 +248,7 @@ def _print_statistics(title: str, statistics: dict[str, Any]) -> None:
 
 
 def _print_errors(title: str, rows: list[dict[str, Any]]) -> None:
-    shown = table(title, "", "B/token", "× smaller", "K error", "V error", "K scale", "V scale")
+    shown = table(title, "", "B/token", "×", "K error", "V error", "K scale", "V scale")
     for scale in shown.columns[-2:]:
         scale.no_wrap = True
     for bits, row in zip(BITS, rows, strict=True):

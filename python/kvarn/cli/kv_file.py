@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvarn.cli.npz_file import NpzFile
 from kvarn.cli.safetensors_file import SafetensorsFile
-from kvarn.cli.tensor_file import TensorFile, unreadable
+from kvarn.cli.tensor_file import TensorFile
 from kvarn.errors import ConfigError, DTypeError, FormatError, NonFiniteError, ShapeError
 
 NAMES = "k and v, keys and values, or k.LAYER and v.LAYER of each layer"
@@ -142,7 +142,4 @@ def _open(path: Path) -> TensorFile:
         raise FormatError(f"{path}: expected a .npz or .safetensors file; save K and V with numpy.savez")
     if path.exists() and not path.is_file():
         raise FormatError(f"{path}: no regular file: expected a {path.suffix} file; pass its path")
-    try:
-        return reader(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    return reader(path)

@@ -53,6 +53,8 @@ class NpzFile:
                         expected = f"{math.prod(shape) * dtype.itemsize} for {dtype} {list(shape)}"
                         self._refuse(f"{name} of {size} bytes: expected {expected}")
                     self.tensors[name] = Tensor(dtype.name if dtype.isnative else dtype.str, shape)
+        except OSError as error:
+            raise unreadable(path, error) from error
         except FormatError:
             raise
         except _DAMAGED as error:

@@ -37,15 +37,20 @@ class SafetensorsFile:
         self._path = path
         self._begins: dict[str, int] = {}
         self.tensors: dict[str, Tensor] = {}
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                self._refuse(f"{size} bytes: expected 8 or more")
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER, size - 8):
-                limit = min(MAX_HEADER, size - 8)
-                self._refuse(f"header of {length} bytes: expected {limit} at most, as the file has {size}")
-            text = file.read(length)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < 8:
+                    self._refuse(f"{size} bytes: expected 8 or more")
+                length = int.from_bytes(file.read(8), "little")
+                if length > min(MAX_HEADER, size - 8):
+                    limit = min(MAX_HEADER, size - 8)
+                    self._refuse(
+                        f"header of {length} bytes: expected {limit} at most, as the file has {size}"
+                    )
+                text = file.read(length)
+        except OSError as error:
+            raise unreadable(path, error) from error
         self._data = 8 + length
         self._index(self._header(text), size - self._data)
 
