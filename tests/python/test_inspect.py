@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import kvarn
@@ -369,6 +371,12 @@ class TestText:
         out = capsys.readouterr().out
         for text in ("[tokens, kv_heads, head_dim]", "k.LAYER and v.LAYER", "bfloat16", "--rotated"):
             assert text in out
+
+    def test_torch_is_not_imported(self, tmp_path):
+        k, v = tensors(12)
+        file = save(tmp_path / "a.npz", k=k, v=v)
+        code = "import sys; from kvarn.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+        subprocess.run([sys.executable, "-c", code, "inspect", file], check=True, capture_output=True)
 
 
 class TestPlot:
