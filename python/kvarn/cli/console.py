@@ -31,14 +31,16 @@ def print_json(value: Any) -> None:
 
 
 def progress() -> Progress:
-    """A progress bar on standard error that leaves nothing behind."""
+    """A progress bar on standard error that leaves nothing behind; none where that is no terminal."""
+    console = errors()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=errors(),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
