@@ -27,9 +27,9 @@ __device__ __forceinline__ void slot_logits(const uint16_t* keys, int first, int
   for (int t = 0; t < slot_slices<L>; t++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int token = first + 16 * t + 8 * half + g;
+      const int token = min(first + 16 * t + 8 * half + g, stored - 1);
 #pragma unroll
-      for (int j = 0; j < D / 32; j++) load128(x[t][half][j], keys + (token < stored ? token : 0) * D + 32 * j + 8 * c);
+      for (int j = 0; j < D / 32; j++) load128(x[t][half][j], keys + token * D + 32 * j + 8 * c);
     }
 #pragma unroll
   for (int b = 0; b < NT; b++)
