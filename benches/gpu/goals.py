@@ -180,20 +180,21 @@ def _times(row, peer):
 GOALS = (*_attention(), *_codec(), *_rest())
 
 STREAM = (
-    "**Attention over large caches.** In an experiment apart, fitted over sizes of pieces, the stream of "
-    "tiles alone reaches 0.965 of a plain read. The rest is the fixed cost of pieces (merging the warps' "
-    "results, the skew at barriers, the first descriptions) and the imbalance of whole pieces over "
-    "multiprocessors, under a lower SM clock where the peers ran before in the same process. The goals "
-    "against peers are missed by the same time."
+    "**Attention over large caches.** Times over sizes of pieces, fitted in an experiment apart, say "
+    "that the stream of tiles alone comes close to a plain read. The rest is the fixed cost of pieces "
+    "(merging the warps' results, the skew at barriers, the first descriptions) and the imbalance of "
+    "whole pieces over multiprocessors, under a lower SM clock where the peers ran before in the same "
+    "process. How much of it the presets of fewer bits have has not been fitted. The goals against "
+    "peers are missed by the same time."
 )
 
 SIXTEEN = "**16 query columns** run with two warps per scheduler, because of registers."
 
-EXPAND = "**Expand** is bound by latency: a warp decodes only 16 tokens."
+EXPAND = "**Expand** has not been profiled: a warp decodes 16 tokens and leaves, which looks like latency."
 
 TRIED = (
     "**Tried and not faster**, each in an experiment apart: warps that do not wait for each other at the "
-    "end of a piece (results in shared memory of their own, the last warp merges: slower by 5 %, the "
+    "end of a piece (results in shared memory of their own, the last warp merges: slower, the "
     "instruction cache misses more); queries loaded before the records; laying out the queries while "
     "records arrive; another shared-memory carve-out."
 )

@@ -256,15 +256,14 @@ class Rows:
             return
         batch = len(self.sequences)
         order: list[int] = torch.arange(batch)[indices.cpu()].tolist()
-        named = set(order)
         self._check_room(self.pool.stats().sequences - batch + len(order))
-        sequences = []
-        for index, row in enumerate(order):
-            again = row in order[:index]
-            sequences.append(self.pool.fork(self.sequences[row]) if again else self.sequences[row])
-        for row in range(batch):
-            if row not in named:
-                self.pool.free(self.sequences[row])
+        sequences, taken = [], set()
+        for row in order:
+            sequence = self.sequences[row]
+            sequences.append(self.pool.fork(sequence) if row in taken else sequence)
+            taken.add(row)
+        for row in set(range(batch)) - taken:
+            self.pool.free(self.sequences[row])
         self._hold_on(sequences)
         self.sealed = [self.sealed[row] for row in order]
         if self.padding is not None:
