@@ -32,6 +32,11 @@ impl Ids {
         self.total - self.used()
     }
 
+    /// The id that [`Ids::allocate`] would take next, if there is one.
+    pub(super) fn lowest_free(&self) -> Option<usize> {
+        (self.unused() > 0).then(|| self.free.first().copied().unwrap_or(self.references.len()))
+    }
+
     /// Takes the lowest free id, with one reference. The caller has checked [`Ids::unused`].
     pub(super) fn allocate(&mut self) -> usize {
         if let Some(id) = self.free.pop_first() {
@@ -86,8 +91,11 @@ mod tests {
         ids.release(1);
         ids.release(0);
         assert_eq!((ids.used(), ids.unused()), (1, 3));
-        assert_eq!([ids.allocate(), ids.allocate(), ids.allocate()], [0, 1, 3]);
-        assert_eq!((ids.used(), ids.unused()), (4, 0));
+        for expected in [0, 1, 3] {
+            assert_eq!(ids.lowest_free(), Some(expected));
+            assert_eq!(ids.allocate(), expected);
+        }
+        assert_eq!((ids.used(), ids.unused(), ids.lowest_free()), (4, 0, None));
     }
 
     #[test]

@@ -35,7 +35,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
             6 => Just(Some(true)), 2 => Just(Some(false)), 1 => Just(None)
         ]).prop_map(|(picks, close)| Op::Plan { picks, close }),
         2 => (pick.clone(), any::<bool>()).prop_map(|(pick, finish)| Op::Close { pick, finish }),
-        3 => (pick.clone(), 0..12_usize).prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
+        4 => (pick.clone(), prop_oneof![3 => 0..12_usize, 2 => 0..60_usize])
+            .prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
         1 => pick.clone().prop_map(|pick| Op::Free { pick }),
         3 => pick.clone().prop_map(|pick| Op::Fork { pick }),
         1 => prop::collection::vec((pick.clone(), pick), 0..4).prop_map(|picks| Op::Reorder { picks }),
