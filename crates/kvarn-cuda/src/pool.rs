@@ -315,13 +315,17 @@ impl Pool {
         }
     }
 
-    /// Ids are given out lowest first: what is provided is a prefix of each layer's pages and slots.
     fn provide(&self, plan: &StepPlan) -> Result<(), Error> {
         let most = |table: &dyn Fn(&SequenceView) -> &[i32]| {
             let ids = plan.sequences.iter().flat_map(|sequence| table(&sequence.after).iter().copied());
             ids.max().map_or(0, |id| (id + 1) as usize)
         };
-        let (pages, slots) = (most(&|view| &view.block_table), most(&|view| &view.slot_table));
+        self.provide_first(most(&|view| &view.block_table), most(&|view| &view.slot_table))
+    }
+
+    /// Provides memory for the first `pages` pages and `slots` slots. Ids are given out lowest first: what is provided is a
+    /// prefix of each layer's pages and slots.
+    pub(crate) fn provide_first(&self, pages: usize, slots: usize) -> Result<(), Error> {
         let mut provided = self.provided.lock().unwrap_or_else(PoisonError::into_inner);
         if pages <= provided.0 && slots <= provided.1 {
             return Ok(());

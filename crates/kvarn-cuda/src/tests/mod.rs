@@ -5,6 +5,7 @@ mod cases;
 mod double;
 mod on_device;
 mod steps;
+mod truncations;
 
 use crate::image::{Image, Images};
 use crate::{Architecture, Version};
