@@ -80,7 +80,7 @@ fn record_cut() {
         assert_eq!(pool.core().stats().tables.unsealed, 1);
         // The fork goes on with the page, the sequence with its slot.
         let step = pool.step(&[sequence, fork], &[G, 1], &[0, 0], None).unwrap();
-        forward(&step, STREAM).unwrap();
+        (0..LAYERS).for_each(|layer| append(&step, layer, STREAM).unwrap());
         step.open().finish().unwrap();
         let [cut, kept] = [sequence, fork].map(|id| pool.core().view(id).unwrap());
         assert_eq!((cut.block_table[1], kept.block_table[1]), (5, 3));
@@ -138,7 +138,6 @@ fn failing_cuts() {
     let before = state(&full, sequence);
     let launches = books("double_launches");
     let error = full.truncate(sequence, G + 1, STREAM).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Capacity);
     assert!(error.to_string().starts_with("65 tokens of sequence 0: expected a free slot for tile 1"), "{error}");
     assert_eq!((state(&full, sequence), books("double_launches")), (before, launches));
 
