@@ -64,7 +64,9 @@ impl Pool {
 
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
-        pool_core::truncate(py, self.0.core(), sequence, length)
+        let id = sequence.get().id;
+        let length = natural(py, Class::Shape, "length", length)?;
+        detached(py, || self.0.truncate(id, length))
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -204,6 +206,8 @@ pub(crate) struct Stats {
     tokens: usize,
     /// Steps planned and neither finished nor abandoned.
     open_steps: usize,
+    /// Tiles of which a truncation kept a part as its record decodes, in 16 bit, since the pool was made.
+    unsealed: u64,
     /// Bytes of the pages in use, all layers.
     page_bytes: usize,
     /// Bytes of the slots in use, all layers.
@@ -216,7 +220,7 @@ pub(crate) struct Stats {
 
 impl From<kvarn::pool::Stats> for Stats {
     fn from(stats: kvarn::pool::Stats) -> Self {
-        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps } = stats.tables;
+        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps, unsealed } = stats.tables;
         Self {
             pages: pages.total,
             pages_used: pages.used,
@@ -227,6 +231,7 @@ impl From<kvarn::pool::Stats> for Stats {
             sequences,
             tokens,
             open_steps,
+            unsealed,
             page_bytes: stats.page_bytes,
             slot_bytes: stats.slot_bytes,
             non_finite: stats.counts.non_finite,
@@ -239,7 +244,7 @@ impl From<kvarn::pool::Stats> for Stats {
 impl Stats {
     fn __repr__(&self) -> String {
         format!(
-            "Stats(pages={}, pages_used={}, pages_free={}, slots={}, slots_used={}, slots_free={}, sequences={}, tokens={}, open_steps={}, page_bytes={}, slot_bytes={}, non_finite={}, saturated={})",
+            "Stats(pages={}, pages_used={}, pages_free={}, slots={}, slots_used={}, slots_free={}, sequences={}, tokens={}, open_steps={}, unsealed={}, page_bytes={}, slot_bytes={}, non_finite={}, saturated={})",
             self.pages,
             self.pages_used,
             self.pages_free,
@@ -249,6 +254,7 @@ impl Stats {
             self.sequences,
             self.tokens,
             self.open_steps,
+            self.unsealed,
             self.page_bytes,
             self.slot_bytes,
             self.non_finite,
