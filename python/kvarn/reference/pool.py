@@ -18,7 +18,7 @@ record any more, and is sealed again when it is full. A first tile with sinks go
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -350,8 +350,7 @@ class Step:
 
 
 def _extended(stored: Layer, k: Float32, v: Float32) -> Layer:
-    joined = (np.concatenate(pair) for pair in ((stored.k, k), (stored.v, v)))
-    return Layer(*joined, stored.records, stored.sink)
+    return replace(stored, k=np.concatenate((stored.k, k)), v=np.concatenate((stored.v, v)))
 
 
 def _check_live(sequence: Sequence) -> None:

@@ -58,8 +58,8 @@ fn record_cut() {
         assert_eq!((&*view.block_table, &*view.slot_table), (&vec![2, -1], &vec![-1, 2]));
         for (index, layer) in pool.core().layout().layers.iter().enumerate() {
             let launch = first + index as u64;
-            // A warp decodes 16 tokens, a block 64 of K or V of one head.
-            assert_eq!(launched(launch), [EXPAND, 2 * KV_HEADS as u64, 0x51]);
+            // A warp decodes 64 tokens of K or V of one head, a block has four.
+            assert_eq!(launched(launch), [EXPAND, 2 * KV_HEADS as u64 / 4, 0x51]);
             // Ten tokens from the tile's first on, of a tile that is past the sinks, in the rotated frame, as half.
             assert_eq!(int(launch, offset_of!(ExpandParams, first)), G as i32);
             assert_eq!(int(launch, offset_of!(ExpandParams, tokens)), 10);
@@ -152,8 +152,8 @@ fn lost_in_a_cut() {
     prompt(&pool, &[sequence], 2 * G + 1);
     let before = state(&pool, sequence);
     let launches = books("double_launches");
-    let next = calls(c"cuLaunchKernel") + 2;
-    sets_variable("DOUBLE_FAIL", &format!("cuLaunchKernel:{next}:700"));
+    let next = calls(c"cuLaunchKernelEx") + 2;
+    sets_variable("DOUBLE_FAIL", &format!("cuLaunchKernelEx:{next}:700"));
     let error: Error = pool.truncate(sequence, G + 1, STREAM).unwrap_err();
     assert!(error.to_string().contains("kvarn_expand_d64_g64"), "{error}");
     // The first layer's slot was written to, which nobody reads.
