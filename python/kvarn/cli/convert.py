@@ -105,8 +105,8 @@ def _to_published(source: Path, target: Path) -> dict[str, Any]:
     back, _ = _from_published(published, cfg)
     if (changed := _first(np.any(back != records, axis=1))) is not None:
         raise FormatError(
-            f"tile {changed} of {source}: expected a record of kvarn's encoder, whose range guard and padding "
-            "come back as they were; keep the native records"
+            f"tile {changed} of {source}: expected a record of kvarn's encoder, whose range guard and "
+            "padding come back as they were; keep the native records"
         )
     write_published(target, published, cfg)
     return _report("published", published, cfg)

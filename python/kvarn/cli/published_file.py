@@ -64,8 +64,8 @@ def read_published(path: Path, given: Config | None) -> tuple[NDArray[np.uint8],
     if missing := [name for name in FIELDS if name not in found]:
         if given is None:
             raise ConfigError(
-                f"{path} without {', '.join(missing)}: expected the configuration in the file, or as options; "
-                "pass --config NAME --head-dim D"
+                f"{path} without {', '.join(missing)}: expected the configuration in the file, or as "
+                "options; pass --config NAME --head-dim D"
             )
         cfg = given
     else:
