@@ -224,6 +224,13 @@ impl Header {
             }
             shapes.push(shape);
         }
+        if config.head_dim() != shapes[0].head_dim {
+            return format(format!(
+                "head_dim {} of layer 0: expected {}, as in the list of layers; the file is inconsistent",
+                config.head_dim(),
+                shapes[0].head_dim
+            ));
+        }
         let number = |at: usize| usize::try_from(u64_at(bytes, at)).unwrap_or(usize::MAX);
         Ok(Self {
             config,
