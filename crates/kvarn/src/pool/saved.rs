@@ -27,9 +27,7 @@ use std::io::Read;
 
 use super::{ImageSize, LayerShape, PoolLayout};
 use crate::codec::SlotType;
-use crate::record::{
-    CONFIG_AT, CONFIG_BYTES, FORMAT_VERSION, RecordLayout, config_from_bytes, config_to_bytes,
-};
+use crate::record::{CONFIG_AT, FORMAT_VERSION, RecordLayout, config_of, config_to_bytes};
 use crate::tables::Lengths;
 use crate::{Config, Error};
 
@@ -199,8 +197,7 @@ impl Header {
                 u32_at(bytes, 44)
             ));
         }
-        let fields: &[u8; CONFIG_BYTES] = bytes[CONFIG_AT..].first_chunk().expect("a header is longer");
-        let config = config_from_bytes(fields)?;
+        let config = config_of(bytes)?;
         let slot_type = match u32_at(bytes, 36) {
             2 => SlotType::Float16,
             4 => SlotType::Float32,

@@ -6,7 +6,7 @@ use crate::{Config, ConfigOptions, Error};
 pub(crate) const CONFIG_AT: usize = 16;
 /// Bytes of a configuration: head dim and group (2 each), key bits, value bits, rotation, refit (1 each), iterations, sink
 /// tokens, recent tokens (4 each).
-pub(crate) const CONFIG_BYTES: usize = 20;
+const CONFIG_BYTES: usize = 20;
 const ROTATION_HADAMARD: u8 = 1;
 
 /// The bytes of a configuration.
@@ -23,8 +23,9 @@ pub(crate) fn config_to_bytes(config: &Config) -> [u8; CONFIG_BYTES] {
     bytes
 }
 
-/// The configuration of [`config_to_bytes`].
-pub(crate) fn config_from_bytes(bytes: &[u8; CONFIG_BYTES]) -> Result<Config, Error> {
+/// The configuration in a header.
+pub(crate) fn config_of(header: &[u8]) -> Result<Config, Error> {
+    let bytes = &header[CONFIG_AT..CONFIG_AT + CONFIG_BYTES];
     let u16_at = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let u32_at = |at: usize| u16_at(at) | u16_at(at + 2) << 16;
     let (rotation, refit) = (bytes[6], bytes[7]);

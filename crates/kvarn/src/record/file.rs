@@ -25,7 +25,7 @@
 
 use std::io::Read;
 
-use super::config_fields::{CONFIG_AT, config_from_bytes, config_to_bytes};
+use super::config_fields::{CONFIG_AT, config_of, config_to_bytes};
 use crate::{Config, Error};
 
 /// First bytes of a file.
@@ -115,8 +115,7 @@ impl Header {
                 u32_at(12)
             ));
         }
-        let fields = bytes[CONFIG_AT..].first_chunk().expect("a header is longer");
-        let config = config_from_bytes(fields)?;
+        let config = config_of(bytes)?;
         let header = Self { config, records: u64_at(40), checksum: u32_at(56) };
         let (record_bytes, tokens) =
             (config.layout().record_bytes, header.records.checked_mul(config.group() as u64));

@@ -11,7 +11,7 @@ mod pack;
 mod parameter_order;
 mod published;
 
-pub(crate) use config_fields::{CONFIG_AT, CONFIG_BYTES, config_from_bytes, config_to_bytes};
+pub(crate) use config_fields::{CONFIG_AT, config_of, config_to_bytes};
 
 pub use code_order::{BitPlace, CodeOrder};
 pub use file::{FORMAT_VERSION, HEADER_BYTES, Header, MAGIC, read_records, write_records};

@@ -130,6 +130,9 @@ impl Tables {
 
     /// An offloaded sequence is in the pool again, where `view` says; the references of [`allocate`](Self::allocate) are its
     /// own. Returns the image.
+    ///
+    /// # Panics
+    /// If the view was allocated for other lengths.
     pub fn restore(&mut self, id: SequenceId, view: SequenceView) -> Result<HostImage, TableError> {
         let (lengths, _) = self.offloaded(id)?;
         assert_eq!(lengths, (&view).into(), "a view allocated for the sequence");
