@@ -167,7 +167,9 @@ proptest! {
         let mut bytes: Vec<u8> = (0..count).map(random).collect();
         let read = published_record(&config, &bytes);
         // The same with parameters that are finite.
-        bytes.iter_mut().for_each(|byte| *byte &= 0xbb);
+        for byte in &mut bytes {
+            *byte &= 0xbb;
+        }
         prop_assert_eq!(published_record(&config, &bytes), read);
     }
 }

@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn an_image_beyond_the_address_space_has_no_size() {
-        let layers = [LayerShape { kv_heads: 4096, head_dim: 256 }; 1 << 16];
+        let layers = vec![LayerShape { kv_heads: 4096, head_dim: 256 }; 1 << 16];
         let config = Config::from_name("kvarn_k8v8_g128", 256).unwrap();
         let layout = PoolLayout::new(config, &layers, 0, 0, SlotType::Float32).unwrap();
         let length = crate::tables::MAX_TOKENS;
