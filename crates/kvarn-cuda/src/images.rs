@@ -25,6 +25,7 @@ impl Pool {
     /// The copy comes after what `stream` was given before, and is waited for. Other calls may run meanwhile; a step of the
     /// sequence itself then takes one slot more, for a copy of its last one if that is not full.
     pub fn save(&self, sequence: SequenceId, stream: Stream) -> Result<SavedSequence, Error> {
+        self.pinned().check(stream)?;
         let (lengths, image) = match self.core().whereabouts(sequence)? {
             Whereabouts::Pool(snapshot) => {
                 let image = self.gather(snapshot.view(), stream)?;
@@ -41,6 +42,7 @@ impl Pool {
     /// A new sequence from what [`save`](Self::save) gave, of a pool of the same layers and configuration, on any device.
     /// All or nothing. It can be used by work given to `stream` afterwards.
     pub fn load(&self, input: &mut impl Read, stream: Stream) -> Result<SequenceId, Error> {
+        self.pinned().check(stream)?;
         let (lengths, bytes) = read_sequence(input, self.core().layout()).map_err(PoolError::from)?;
         let mut image = self.pinned().take(bytes.len())?;
         image.fill(&bytes);
@@ -53,6 +55,7 @@ impl Pool {
     /// `stream` copies, after what it was given before, and the host does not wait. Pages and slots are taken again once they
     /// are copied: whoever needs them earlier waits.
     pub fn offload(&self, sequence: SequenceId, stream: Stream) -> Result<(), Error> {
+        self.pinned().check(stream)?;
         self.settle()?;
         let snapshot = self.core().offload(sequence, |view| {
             let image = self.gather(view, stream)?;
@@ -64,6 +67,7 @@ impl Pool {
     /// Brings an offloaded sequence back. All or nothing. It can be used by work given to `stream` afterwards; the host does
     /// not wait.
     pub fn restore(&self, sequence: SequenceId, stream: Stream) -> Result<(), Error> {
+        self.pinned().check(stream)?;
         let fill = |view: &SequenceView, image: &HostImage| self.scatter(view, &pinned(image), stream);
         self.with_room(|| self.core().restore(sequence, fill)).map(drop)
     }

@@ -57,6 +57,19 @@ impl PinnedBuffers {
         Arc::new(Self { device, spare: Mutex::default() })
     }
 
+    /// Refuses a stream that is being captured: before anything is allocated or waited for, which could spoil the capture.
+    pub(crate) fn check(&self, stream: Stream) -> Result<(), Error> {
+        let _current = self.device.enter()?;
+        if self.device.told(capture(stream))? == Capture::Off {
+            return Ok(());
+        }
+        Err(Error::Capturing {
+            what: "copying a sequence",
+            expected: "it outside of the capture, as a graph would copy the same pages for ever",
+            fix: "save, load, offload and restore before or after",
+        })
+    }
+
     /// Memory for an image: spare memory of up to twice the size, or new, for which spare memory is given up.
     pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<PinnedImage, Error> {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -94,7 +107,7 @@ impl PinnedImage {
     ///
     /// The device's bytes stay as they are until that is done, which an event on the stream tells.
     pub(crate) fn gather(&mut self, stream: Stream, places: &[Place]) -> Result<(), Error> {
-        let _current = self.ready(stream)?;
+        let _current = self.lender.device.enter()?;
         let mut end = 0;
         for place in places {
             self.zero(end, place.at);
@@ -113,7 +126,7 @@ impl PinnedImage {
     /// Has `stream` copy the bytes to `places` on the device, once they are all here.
     pub(crate) fn scatter(&self, stream: Stream, places: &[Place]) -> Result<(), Error> {
         let device = self.lender.device;
-        let _current = self.ready(stream)?;
+        let _current = device.enter()?;
         device.told(self.buffer.copied.hold(stream))?;
         self.copy(stream, places, |host, device, bytes| {
             // SAFETY: as many bytes lie at both places; the host's are not written before the event, the device's are the
@@ -143,20 +156,6 @@ impl PinnedImage {
         let _current = device.enter()?;
         let _relaxed = device.told(Relaxed::enter())?;
         device.told(self.buffer.copied.wait())
-    }
-
-    /// The device's context, if `stream` does its work now.
-    fn ready(&self, stream: Stream) -> Result<crate::context::Current, Error> {
-        let device = self.lender.device;
-        let current = device.enter()?;
-        if device.told(capture(stream))? != Capture::Off {
-            return Err(Error::Capturing {
-                what: "copying a sequence",
-                expected: "it outside of the capture, as a graph would copy the same pages for ever",
-                fix: "save, load, offload and restore before or after",
-            });
-        }
-        Ok(current)
     }
 
     fn zero(&mut self, from: usize, to: usize) {
