@@ -8,7 +8,8 @@
 // B and the constant of each channel, rotated already, are made once for all tokens of a tile that a warp expands.
 // Threads: a warp expands 64 tokens of one head's K or V, 16 at a time with the next ones' codes under way, from a position
 // that is a multiple of 64, so that they lie in one tile. Neighbouring warps take neighbouring heads: their rows are adjacent.
-// The columns of B are permuted so that a lane ends up with 4 neighbouring channels: full 32-byte sectors are written.
+// The columns of B are permuted so that a lane ends up with 4 neighbouring channels, and with 8 after an exchange with its
+// neighbour: 64 bytes of a row are written at once, since the load-store unit takes a cycle for each row of a store.
 // Numerics: products of codes and half parameters are exact, sums float32, one rounding to the caller's type (half saturates).
 // Cost: about 7 operations per element; bound by writing 2 bytes per element.
 #pragma once
@@ -186,14 +187,14 @@ struct Slice {
 // Where a warp's tokens go.
 template <int D>
 struct Rows {
-  uint16_t* data;  // token 0's row of the head, at the lane's channels
+  uint16_t* data;  // the first token's row of the head, at the lane's channels of the first two fragments
   int64_t stride;
-  int first, tokens, dtype;
+  int first_token, tokens, dtype;
   bool rotated;
 
   __device__ __forceinline__ Rows(const ExpandParams& p, const Tensor& tensor, int head, int lane)
-      : data(static_cast<uint16_t*>(tensor.data) + head * tensor.head_stride + 4 * (lane % 4)),
-        stride(tensor.row_stride), first(p.first), tokens(p.tokens), dtype(p.dtype), rotated(p.rotated) {}
+      : data(static_cast<uint16_t*>(tensor.data) + head * tensor.head_stride + 16 * (lane % 2) + 8 * (lane % 4 / 2)),
+        stride(tensor.row_stride), first_token(p.first), tokens(p.tokens), dtype(p.dtype), rotated(p.rotated) {}
 
   // Writes scale · block + constant · channels of 16 tokens; `channels(j)` gives the lane's 4 of fragment j.
   template <class Channels>
@@ -208,23 +209,34 @@ struct Rows {
   }
 
  private:
+  // Four channels of the lane's row, in the caller's type.
+  template <int type>
+  static __device__ __forceinline__ uint2 four(const Block& block, int half, float scale, float constant, const float4& channel) {
+    const auto& c = block.c;
+    const int at = 2 * half;
+    return {round_pair(fmaf(c[0][at], scale, constant * channel.x), fmaf(c[0][at + 1], scale, constant * channel.y), type),
+            round_pair(fmaf(c[1][at], scale, constant * channel.z), fmaf(c[1][at + 1], scale, constant * channel.w), type)};
+  }
+
+  // Of two neighbouring fragments the even lanes take the first one, the odd lanes the second: 16 bytes a lane.
   template <int type, class Channels>
   __device__ __forceinline__ void write_as(const Block (&block)[D / 16], const float (&scale)[2], const float (&constant)[2],
                                            int token, int lane, const Channels& channels) const {
+    const bool odd = lane % 2;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = token - first + lane / 4 + 8 * half;
-      if (row < 0 || row >= tokens) continue;
+    for (int j = 0; j < D / 16; j += 2) {
+      const float4 low = channels(j), high = channels(j + 1);
+      const float low_unit = rotated ? 1.0f : rotation_scale(rotation_block<D>(16 * j));
+      const float high_unit = rotated ? 1.0f : rotation_scale(rotation_block<D>(16 * j + 16));
 #pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
-        const float factor = scale[half] * (rotated ? 1.0f : rotation_scale(rotation_block<D>(16 * j)));
-        const float4 channel = channels(j);
-        const auto& c = block[j].c;
-        *reinterpret_cast<uint2*>(data + row * stride + 16 * j) = {
-            round_pair(fmaf(c[0][2 * half], factor, constant[half] * channel.x),
-                       fmaf(c[0][2 * half + 1], factor, constant[half] * channel.y), type),
-            round_pair(fmaf(c[1][2 * half], factor, constant[half] * channel.z),
-                       fmaf(c[1][2 * half + 1], factor, constant[half] * channel.w), type)};
+      for (int half = 0; half < 2; ++half) {
+        const uint2 first = four<type>(block[j], half, scale[half] * low_unit, constant[half], low);
+        const uint2 second = four<type>(block[j + 1], half, scale[half] * high_unit, constant[half], high);
+        const uint2 kept = odd ? second : first, given = odd ? first : second;
+        const uint2 got{__shfl_xor_sync(0xffffffffu, given.x, 1), __shfl_xor_sync(0xffffffffu, given.y, 1)};
+        const uint4 eight = odd ? uint4{got.x, got.y, kept.x, kept.y} : uint4{kept.x, kept.y, got.x, got.y};
+        const int row = token - first_token + lane / 4 + 8 * half;
+        if (row >= 0 && row < tokens) *reinterpret_cast<uint4*>(data + row * stride + 16 * j) = eight;
       }
     }
   }
@@ -284,7 +296,8 @@ __device__ __forceinline__ void expand_side(const ExpandParams& p, int head, int
   if (record_from >= to) return;
   const int key_end = D * G * p.key_bits / 8 + 4 * D + 2 * G;
   const int record_bytes = (key_end + D * G * p.value_bits / 8 + 2 * D + 4 * G + 127) / 128 * 128;
-  const uint8_t* at = p.cache.pages + (int64_t(page) * p.cache.kv_heads + head) * record_bytes + (side == Side::Key ? 0 : key_end);
+  const uint8_t* record = p.cache.pages + (int64_t(page) * p.cache.kv_heads + head) * record_bytes;
+  const uint8_t* at = record + (side == Side::Key ? 0 : key_end);
   const auto run = [&](auto bits) {
     expand_record<D, G, side, decltype(bits)::value>(at, rows, tile, record_from, to, lane, basis, shared);
   };

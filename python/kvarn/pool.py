@@ -11,15 +11,17 @@ meanwhile.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty
 from kvarn._device import cuda_index, current_stream, default_like
 from kvarn._kvarn import Config, Memory, Sequence, StaticArrays, Stats
 from kvarn._layers import LayerShape, layer_shapes, slot_dtype
+from kvarn._saved import load, offload, restore, save
 from kvarn.errors import DeviceError, DTypeError
 from kvarn.step import Step, tokens_to_expand
 
@@ -167,6 +169,72 @@ class Pool:
             self._pool.truncate(sequence, length)
         else:
             self._pool.truncate(sequence, length, current_stream(self._cuda or 0))
+
+    def save(self, sequence: Sequence, file: str | os.PathLike[str] | BinaryIO) -> None:
+        """Saves a sequence: its records, its slots and its lengths, with checksums; layout: docs/format.md.
+
+        The bytes are the same on every device, wherever the sequence lies in the pool. Nothing is changed:
+        held tokens are saved, and stay, uncommitted. An offloaded sequence is saved from where it is. On CUDA
+        the copy comes after the work of torch's current stream, and is waited for. Other threads may use the
+        pool meanwhile; a step of this sequence then takes one slot more, if its last one is not full.
+
+        Args:
+            sequence: The sequence.
+            file: A path, where the file appears whole or not at all; or a binary file object, such as
+                ``io.BytesIO()``.
+
+        Raises:
+            StateError: As in `free`.
+            CapacityError: The system has not as much memory as the sequence takes.
+            DTypeError: `file` is neither.
+            OSError: The file cannot be written.
+        """
+        save(self._pool, self._cuda, sequence, file)
+
+    def load(self, file: str | os.PathLike[str] | BinaryIO) -> Sequence:
+        """A new sequence from what `save` wrote, of any pool with the same layers, configuration and type.
+
+        Every byte is checked first. On CUDA the copy goes to torch's current stream: work on other streams
+        must be ordered behind it, by events.
+
+        Args:
+            file: A path; or a binary file object, which is read to its end.
+
+        Raises:
+            FormatError: The file is truncated, corrupted, of another version, or of a pool made otherwise
+                (the text has both values); nothing is changed.
+            CapacityError: Too few free pages or slots; nothing is changed.
+            DTypeError: `file` is neither.
+            OSError: The file cannot be read.
+        """
+        return load(self._pool, self._cuda, file)
+
+    def offload(self, sequence: Sequence) -> None:
+        """Moves a sequence to host memory and gives back its pages and slots; `restore` brings it back.
+
+        Of what forks share only this sequence's part is given back. Until it is restored, the sequence can be
+        saved and freed, and has lengths; nothing else. On CUDA torch's current stream copies, to pinned
+        memory, and the host does not wait. Pages and slots count as used until they are copied (`stats` waits
+        for that); a step that needs them waits. The next image of about the same size uses the same memory.
+
+        Raises:
+            StateError: It is offloaded already; or as in `free`.
+            CapacityError: The system has not as much memory.
+            CudaError: torch's current stream is being captured.
+        """
+        offload(self._pool, self._cuda, sequence)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Brings an offloaded sequence back, bit by bit as it was.
+
+        On CUDA torch's current stream copies: work on other streams must be ordered behind it, by events.
+
+        Raises:
+            CapacityError: Too few free pages or slots; nothing is changed.
+            StateError: It is not offloaded, was freed, or belongs to another pool.
+            CudaError: torch's current stream is being captured.
+        """
+        restore(self._pool, self._cuda, sequence)
 
     def static_arrays(self, counts: Iterable[int], tokens: int) -> StaticArrays:
         """Device arrays at addresses that stay, so that a captured CUDA graph serves many steps.

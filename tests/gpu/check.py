@@ -16,6 +16,7 @@ import time
 import kvarn
 import numpy as np
 import torch
+from check_saved import check_saved
 from kvarn.reference import contract
 
 DEVICE = "cuda"
@@ -642,6 +643,7 @@ def main():
         check_scales()
         check_batch_invariance()
         check_forks()
+        check_saved(sys.modules[__name__])
         check_residues()
         check_long(arguments.full)
         check_large_offsets()

@@ -233,3 +233,24 @@ def test_other_tiles_keep_their_bytes():
         differs = (np.from_dlpack(view) != before).any(axis=(1, 2, 4))
         assert differs.any(axis=1).nonzero()[0].tolist() == [taken]
         assert differs[taken].nonzero()[0].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("sinks", [0, 16, GROUP])
+def test_saved_and_offloaded_sequences_can_be_cut_and_cut_ones_saved(sinks, tmp_path):
+    pool = make_pool(sinks)
+    sequence, raw = filled(pool)
+    stored = rotated(pool, sequence)
+    pool.save(sequence, tmp_path / "whole.kvarn")
+    pool.offload(sequence)
+    with pytest.raises(kvarn.StateError, match="offloaded"):
+        pool.truncate(sequence, 10)
+    pool.restore(sequence)
+    for one in (sequence, pool.load(tmp_path / "whole.kvarn")):
+        pool.truncate(one, GROUP + 30)
+        pool.save(one, tmp_path / "cut.kvarn")
+        for cut in (one, pool.load(tmp_path / "cut.kvarn")):
+            same(rotated(pool, cut), [[array[: GROUP + 30] for array in pair] for pair in stored])
+            pool.truncate(cut, 40)
+            expected = raw if sinks else stored
+            same(rotated(pool, cut), [[array[:40] for array in pair] for pair in expected])
+            pool.free(cut)

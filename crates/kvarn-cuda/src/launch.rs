@@ -192,7 +192,7 @@ pub unsafe fn launch(
 ///
 /// # Safety
 /// As [`launch`]. The kernel waits for the one in front (cuda/predecessor.cuh) before it touches what that one may touch, if
-/// it is compiled for sm_90 or newer.
+/// it is compiled for `sm_90` or newer.
 pub(crate) unsafe fn launch_early(
     current: &Current,
     kernel: &Kernel,

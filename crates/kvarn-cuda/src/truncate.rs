@@ -4,6 +4,7 @@ use kvarn::DType;
 use kvarn::pool::Layer;
 use kvarn::tables::{SequenceId, SequenceView, Unseal};
 
+use crate::capture::{Capture, capture};
 use crate::{DeviceTensor, Error, Pool, Stream};
 
 impl Pool {
@@ -13,7 +14,23 @@ impl Pool {
     ///
     /// The sequence's next steps go to `stream`, or after its work. Provides memory for the slot.
     pub fn truncate(&self, sequence: SequenceId, keep: usize, stream: Stream) -> Result<(), Error> {
-        self.core().truncate(sequence, keep, |view, unseal| self.unseal(view, unseal, stream))
+        if self.is_captured(stream)? {
+            // Refused before anything is allocated or waited for, which could spoil the capture.
+            let refuse = Error::Capturing {
+                what: "a cut into a record",
+                expected: "it outside of the capture, as a graph would decode the same record for ever",
+                fix: "truncate before or after",
+            };
+            return self.core().truncate(sequence, keep, |_, _| Err(refuse));
+        }
+        self.with_room(|| {
+            self.core().truncate(sequence, keep, |view, unseal| self.unseal(view, unseal, stream))
+        })
+    }
+
+    fn is_captured(&self, stream: Stream) -> Result<bool, Error> {
+        let _current = self.device().enter()?;
+        Ok(self.device().told(capture(stream))? != Capture::Off)
     }
 
     /// Decodes a tile into its slot, in every layer. An error leaves the slot free: nobody reads what was written.

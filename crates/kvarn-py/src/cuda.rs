@@ -15,6 +15,7 @@ use crate::memory::Memory;
 use crate::open_step::{self, EXPANDED, KEYS, QUERIES};
 use crate::pool::{Sequence, Stats};
 use crate::pool_core;
+use crate::saved::{self, Saved, Source};
 use crate::tensor::Lent;
 
 /// The cache memory of one model on a CUDA device; see `kvarn.Pool`.
@@ -101,6 +102,34 @@ impl CudaPool {
         detached(py, || self.0.truncate(id, length, Stream::from_address(stream)))
     }
 
+    /// A sequence as it is saved: header and image. Waits for the copy, which comes after what `stream` was given.
+    fn save<'py>(
+        &self,
+        py: Python<'py>,
+        sequence: &Bound<'_, Sequence>,
+        stream: usize,
+    ) -> PyResult<Saved<'py>> {
+        saved::of_cuda(py, &self.0, sequence, stream)
+    }
+
+    /// A new sequence from what was saved, for work given to `stream` afterwards.
+    fn load(&self, py: Python<'_>, source: Source, stream: usize) -> PyResult<Sequence> {
+        let stream = Stream::from_address(stream);
+        saved::load(py, self.0.core(), source, |mut input| self.0.load(&mut input, stream))
+    }
+
+    /// Has `stream` move a sequence out of the pool.
+    fn offload(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, stream: usize) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.offload(id, Stream::from_address(stream)))
+    }
+
+    /// Has `stream` bring an offloaded sequence back.
+    fn restore(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, stream: usize) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.restore(id, Stream::from_address(stream)))
+    }
+
     /// Plans a step; `counts` and `hold` have one entry per sequence.
     fn step(
         &self,
@@ -141,6 +170,7 @@ impl CudaPool {
     fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
         let stats = detached(py, || {
             let counts = self.0.counts()?;
+            self.0.settle()?;
             Ok::<_, kvarn_cuda::Error>(kvarn::pool::Stats { counts, ..self.0.core().stats() })
         })?;
         Ok(stats.into())

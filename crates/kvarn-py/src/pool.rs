@@ -14,6 +14,7 @@ use crate::error::{Class, detached};
 use crate::memory::Memory;
 use crate::open_step::EXPANDED;
 use crate::pool_core;
+use crate::saved::{self, Saved, Source};
 use crate::step::Step;
 use crate::tensor::Lent;
 
@@ -67,6 +68,28 @@ impl Pool {
         let id = sequence.get().id;
         let length = natural(py, Class::Shape, "length", length)?;
         detached(py, || self.0.truncate(id, length))
+    }
+
+    /// A sequence as it is saved: header and image.
+    fn save<'py>(&self, py: Python<'py>, sequence: &Bound<'_, Sequence>) -> PyResult<Saved<'py>> {
+        saved::of_cpu(py, &self.0, sequence)
+    }
+
+    /// A new sequence from what was saved.
+    fn load(&self, py: Python<'_>, source: Source) -> PyResult<Sequence> {
+        saved::load(py, self.0.core(), source, |mut input| self.0.load(&mut input))
+    }
+
+    /// Moves a sequence out of the pool.
+    fn offload(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.offload(id))
+    }
+
+    /// Brings an offloaded sequence back.
+    fn restore(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.restore(id))
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -170,6 +193,12 @@ impl Sequence {
         Ok(Memory::of_table(&view.slot_table, &[view.slot_table.len()]))
     }
 
+    /// Whether it was moved out of the pool, by ``Pool.offload``; its tables are then -1.
+    #[getter]
+    fn offloaded(&self, py: Python<'_>) -> PyResult<bool> {
+        detached(py, || self.core.is_offloaded(self.id))
+    }
+
     fn __repr__(&self, py: Python<'_>) -> String {
         match self.view(py) {
             Ok(view) => format!("<kvarn {} of {} tokens>", self.id, view.length),
@@ -212,6 +241,10 @@ pub(crate) struct Stats {
     page_bytes: usize,
     /// Bytes of the slots in use, all layers.
     slot_bytes: usize,
+    /// Sequences that are offloaded.
+    offloaded_sequences: usize,
+    /// Bytes of host memory that they take.
+    offloaded_bytes: usize,
     /// Elements that were NaN or infinite, stored as 0, since the pool was made.
     non_finite: u64,
     /// Values that were beyond the range of their stored type, since the pool was made.
@@ -234,6 +267,8 @@ impl From<kvarn::pool::Stats> for Stats {
             unsealed,
             page_bytes: stats.page_bytes,
             slot_bytes: stats.slot_bytes,
+            offloaded_sequences: stats.offloaded.sequences,
+            offloaded_bytes: stats.offloaded.bytes,
             non_finite: stats.counts.non_finite,
             saturated: stats.counts.saturated,
         }
@@ -244,7 +279,7 @@ impl From<kvarn::pool::Stats> for Stats {
 impl Stats {
     fn __repr__(&self) -> String {
         format!(
-            "Stats(pages={}, pages_used={}, pages_free={}, slots={}, slots_used={}, slots_free={}, sequences={}, tokens={}, open_steps={}, unsealed={}, page_bytes={}, slot_bytes={}, non_finite={}, saturated={})",
+            "Stats(pages={}, pages_used={}, pages_free={}, slots={}, slots_used={}, slots_free={}, sequences={}, tokens={}, open_steps={}, unsealed={}, page_bytes={}, slot_bytes={}, offloaded_sequences={}, offloaded_bytes={}, non_finite={}, saturated={})",
             self.pages,
             self.pages_used,
             self.pages_free,
@@ -257,6 +292,8 @@ impl Stats {
             self.unsealed,
             self.page_bytes,
             self.slot_bytes,
+            self.offloaded_sequences,
+            self.offloaded_bytes,
             self.non_finite,
             self.saturated
         )

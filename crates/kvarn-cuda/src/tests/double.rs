@@ -224,6 +224,11 @@ fn other_cuts_launch_nothing() {
 }
 
 #[test]
+fn a_cut_takes_the_slot_of_an_offloaded_sequence() {
+    run_with_kernels("truncations", "cut_behind_an_offload", &[]);
+}
+
+#[test]
 fn a_truncation_that_fails_changes_nothing() {
     run_with_kernels("truncations", "failing_cuts", &[]);
 }
@@ -236,6 +241,31 @@ fn a_launch_that_fails_in_the_middle_of_a_truncation_changes_no_sequence() {
 #[test]
 fn static_arrays_are_used_by_one_step_at_a_time() {
     run_with_kernels("captures", "static_arrays_refused", &[]);
+}
+
+#[test]
+fn sequences_leave_and_come_back() {
+    run_with_kernels("images", "there_and_back", &[]);
+}
+
+#[test]
+fn pages_are_given_back_once_they_are_copied() {
+    run_with_kernels("images", "late_copy", &[]);
+}
+
+#[test]
+fn a_copy_that_fails_changes_nothing() {
+    for call in ["cuMemHostAlloc", "cuMemcpyDtoHAsync_v2", "cuEventRecord"] {
+        run_with_kernels("images", "offload_fails", &[("FAILING", call)]);
+    }
+    for call in ["cuMemcpyHtoDAsync_v2", "cuEventRecord"] {
+        run_with_kernels("images", "restore_fails", &[("FAILING", call)]);
+    }
+}
+
+#[test]
+fn sequences_are_not_copied_during_a_capture() {
+    run_with_kernels("images", "copy_captured", &[]);
 }
 
 #[test]

@@ -106,6 +106,19 @@ fn other_cuts() {
 
 #[test]
 #[ignore = "needs the double"]
+fn cut_behind_an_offload() {
+    let pool = made(16, 2, PoolOptions::default()).unwrap();
+    let (sequence, other) = (pool.core().create(), pool.core().create());
+    prompt(&pool, &[sequence], 2 * G + 1);
+    prompt(&pool, &[other], 1);
+    // No slot is free before the other one's is copied, which is waited for.
+    pool.offload(other, STREAM).unwrap();
+    pool.truncate(sequence, G + 1, STREAM).unwrap();
+    assert_eq!(*pool.core().view(sequence).unwrap().slot_table, [-1, 1]);
+}
+
+#[test]
+#[ignore = "needs the double"]
 fn failing_cuts() {
     // 64 slots of a layer are one piece of memory: the cut's slot is the first of the next.
     let pool = made(200, 128, PoolOptions::default()).unwrap();
@@ -128,7 +141,8 @@ fn failing_cuts() {
     refused(
         cut(CAPTURING),
         ErrorKind::Cuda,
-        "sending a step's arrays during a capture: expected it before the capture; do this on a stream that is not captured",
+        "a cut into a record during a capture: expected it outside of the capture, as a graph would decode the same record \
+         for ever; truncate before or after",
     );
     assert_eq!((state(&pool, sequence), books("double_launches")), (before, launches));
 
@@ -138,7 +152,10 @@ fn failing_cuts() {
     let before = state(&full, sequence);
     let launches = books("double_launches");
     let error = full.truncate(sequence, G + 1, STREAM).unwrap_err();
-    assert!(error.to_string().starts_with("65 tokens of sequence 0: expected a free slot for tile 1"), "{error}");
+    assert!(
+        error.to_string().starts_with("65 tokens of sequence 0: expected a free slot for tile 1"),
+        "{error}"
+    );
     assert_eq!((state(&full, sequence), books("double_launches")), (before, launches));
 
     cut(STREAM).unwrap();

@@ -9,14 +9,17 @@
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::not_unsafe_ptr_arg_deref)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 const CHUNK: usize = 2 << 20;
 const INVALID: u32 = 1;
 const OUT_OF_MEMORY: u32 = 2;
+const NOT_READY: u32 = 600;
 const ILLEGAL_ADDRESS: u32 = 700;
+/// Events of this stream have not happened until somebody waits for them.
+const LATE_STREAM: u64 = 0x1a7e;
 
 #[derive(Default)]
 struct Books {
@@ -32,6 +35,8 @@ struct Books {
     accessible: BTreeMap<u64, usize>,
     pinned: HashMap<u64, usize>,
     events: u64,
+    /// Events that have not happened.
+    late: HashSet<u64>,
     contexts: Vec<u64>,
     launches: Vec<Launch>,
 }
@@ -178,9 +183,13 @@ api! {
         with(|books| { books.events += 1; books.handles += 1; *event = books.handles; });
         0
     }
-    cuEventDestroy_v2(_event: u64) { with(|books| books.events -= 1); 0 }
-    cuEventRecord(_event: u64, _stream: u64) { 0 }
-    cuEventSynchronize(_event: u64) { 0 }
+    cuEventDestroy_v2(event: u64) { with(|books| { books.events -= 1; books.late.remove(&event); }); 0 }
+    cuEventRecord(event: u64, stream: u64) {
+        with(|books| if stream == LATE_STREAM { books.late.insert(event) } else { books.late.remove(&event) });
+        0
+    }
+    cuEventQuery(event: u64) { if with(|books| books.late.contains(&event)) { NOT_READY } else { 0 } }
+    cuEventSynchronize(event: u64) { with(|books| books.late.remove(&event)); 0 }
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
         *total = number("DOUBLE_MEMORY", 1 << 30) as usize;
         *free = *total - with(|books| books.taken) as usize;
@@ -290,6 +299,17 @@ api! {
     cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, _stream: u64) {
         if !with(|books| usable(books, to, bytes) && usable(books, from, bytes)) { return ILLEGAL_ADDRESS; }
         std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes);
+        0
+    }
+    cuMemcpyDtoHAsync_v2(to: *mut u8, from: u64, bytes: usize, _stream: u64) {
+        let pinned = with(|books| {
+            let within = |(start, length): (&u64, &usize)| {
+                *start <= to as u64 && to as u64 + bytes as u64 <= start + *length as u64
+            };
+            usable(books, from, bytes) && books.pinned.iter().any(within)
+        });
+        if !pinned { return ILLEGAL_ADDRESS; }
+        std::ptr::copy_nonoverlapping(from as *const u8, to, bytes);
         0
     }
     cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{OpenStep, PoolError, PoolLayout};
+use super::{Offloaded, OpenStep, PoolError, PoolLayout};
 use crate::codec::EncodeCounts;
 use crate::tables::{self, SequenceId, SequenceView, StepId, Tables, Unseal};
 
@@ -15,6 +15,8 @@ pub struct Stats {
     pub page_bytes: usize,
     /// Bytes of the slots in use, all layers.
     pub slot_bytes: usize,
+    /// Sequences whose bytes are on the host.
+    pub offloaded: Offloaded,
     /// Non-finite and saturated values since the pool was made.
     pub counts: EncodeCounts,
 }
@@ -81,15 +83,15 @@ impl PoolCore {
         Ok(self.tables().view(sequence)?.clone())
     }
 
-    /// Runs `read` on what is stored of a sequence; nobody changes the sequence, nor overwrites what it stores,
-    /// meanwhile.
+    /// Runs `read` on what is stored of a sequence in the pool; nobody changes the sequence, nor overwrites what it
+    /// stores, meanwhile.
     pub fn while_stored<R, E: From<PoolError>>(
         &self,
         sequence: SequenceId,
         read: impl FnOnce(&SequenceView) -> Result<R, E>,
     ) -> Result<R, E> {
         let tables = self.tables();
-        read(tables.view(sequence).map_err(PoolError::from)?)
+        read(tables.resident_view(sequence).map_err(PoolError::from)?)
     }
 
     /// Plans a step: one forward pass that appends `counts[i]` tokens to `sequences[i]`, of which the newest `hold[i]`
@@ -111,12 +113,19 @@ impl PoolCore {
 
     /// Usage.
     pub fn stats(&self) -> Stats {
-        let tables = self.tables().stats();
+        let tables = self.tables();
+        let mut offloaded = Offloaded::default();
+        for lengths in tables.offloaded_lengths() {
+            offloaded.sequences += 1;
+            offloaded.bytes += self.layout.image_size(&lengths).map_or(0, |size| size.bytes());
+        }
+        let tables = tables.stats();
         let layers = &self.layout.layers;
         Stats {
             tables,
             page_bytes: tables.pages.used * layers.iter().map(|layer| layer.page_bytes).sum::<usize>(),
             slot_bytes: tables.slots.used * layers.iter().map(|layer| layer.slot_bytes).sum::<usize>(),
+            offloaded,
             counts: *self.counts.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }

@@ -152,6 +152,38 @@ pub enum TableError {
         /// The open step.
         step: StepId,
     },
+    /// A sequence whose bytes are on the host.
+    #[error("{sequence}, which is offloaded: expected a sequence in the pool; restore it first")]
+    OffloadedSequence {
+        /// The sequence.
+        sequence: SequenceId,
+    },
+    /// A sequence that was to be restored, and is not offloaded.
+    #[error("{sequence}, which is in the pool: expected an offloaded sequence; use it as it is")]
+    ResidentSequence {
+        /// The sequence.
+        sequence: SequenceId,
+    },
+    /// Too few free pages or slots for a sequence that comes from a file or from the host.
+    #[error(
+        "{length} tokens of a saved or offloaded sequence, which need {pages_needed} pages with {pages_free} free and {slots_needed} slots with {slots_free} free: expected them to fit the pool of {pages} pages and {slots} slots; free or offload other sequences, or make the pool larger"
+    )]
+    ImageCapacity {
+        /// Tokens of the sequence.
+        length: usize,
+        /// Pages it needs.
+        pages_needed: usize,
+        /// Pages that are free.
+        pages_free: usize,
+        /// Slots it needs.
+        slots_needed: usize,
+        /// Slots that are free.
+        slots_free: usize,
+        /// All pages of the pool.
+        pages: usize,
+        /// All slots of the pool.
+        slots: usize,
+    },
     /// A step of another pool.
     #[error("{step} of another pool: expected a step of this pool; use the pool that planned it")]
     ForeignStep {
@@ -250,9 +282,13 @@ impl TableError {
             Self::ForeignSequence { .. }
             | Self::FreedSequence { .. }
             | Self::SequenceInStep { .. }
+            | Self::OffloadedSequence { .. }
+            | Self::ResidentSequence { .. }
             | Self::ForeignStep { .. }
             | Self::ClosedStep { .. } => TableErrorKind::State,
-            Self::Capacity { .. } | Self::TruncateWithoutSlot { .. } => TableErrorKind::Capacity,
+            Self::Capacity { .. } | Self::ImageCapacity { .. } | Self::TruncateWithoutSlot { .. } => {
+                TableErrorKind::Capacity
+            }
         }
     }
 }

@@ -16,6 +16,7 @@
 //! - A **step** is one forward pass of a batch: [`Tables::plan_step`] reserves all it needs or
 //!   changes nothing, [`Tables::finish`] makes it the state of its sequences, [`Tables::abandon`]
 //!   takes it back.
+//! - An **offloaded** sequence has lengths, and an image on the host, but no pages and slots.
 //!
 //! [`SealRule`] says when a tile is sealed; [`SequenceView::spans`] says where a stored token is
 //! read.
@@ -24,6 +25,8 @@ mod batch;
 mod error;
 mod handle;
 mod ids;
+mod images;
+mod lengths;
 mod plan;
 mod pool;
 mod rule;
@@ -37,6 +40,8 @@ mod view;
 pub use batch::BatchView;
 pub use error::{Lack, TableError, TableErrorKind};
 pub use handle::{SequenceId, StepId};
+pub use images::HostImage;
+pub use lengths::Lengths;
 pub use pool::Tables;
 pub use rule::{MAX_TOKENS, SealRule};
 pub use stats::{Stats, Usage};

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::ids::Ids;
 use super::rule::MAX_TOKENS;
-use super::{SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle};
+use super::{
+    HostImage, SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle,
+};
 
 /// The tables of one pool.
 ///
@@ -30,6 +32,8 @@ pub struct Tables {
 pub(super) struct Sequence {
     pub(super) view: SequenceView,
     pub(super) step: Option<StepId>,
+    /// Where its bytes are, if they are not in the pool.
+    pub(super) offloaded: Option<HostImage>,
 }
 
 impl Tables {
@@ -116,7 +120,9 @@ impl Tables {
 
     /// Forgets a sequence and gives back its pages and slots. Refused in an open step.
     pub fn free(&mut self, id: SequenceId) -> Result<(), TableError> {
-        self.idle(id)?;
+        if self.sequence(id)?.offloaded.is_none() {
+            self.idle(id)?;
+        }
         self.replace_view(id, SequenceView::default());
         self.sequences.remove(&id.serial);
         Ok(())
@@ -135,11 +141,12 @@ impl Tables {
         }
     }
 
-    /// The sequence, outside open steps.
+    /// The sequence, in the pool and outside open steps.
     pub(super) fn idle(&self, id: SequenceId) -> Result<&Sequence, TableError> {
         let sequence = self.sequence(id)?;
         match sequence.step {
             Some(step) => Err(TableError::SequenceInStep { sequence: id, step }),
+            None if sequence.offloaded.is_some() => Err(TableError::OffloadedSequence { sequence: id }),
             None => Ok(sequence),
         }
     }
@@ -160,7 +167,7 @@ impl Tables {
     }
 
     /// Counts the references of one more sequence with these tables.
-    fn retain(&mut self, view: &SequenceView) {
+    pub(super) fn retain(&mut self, view: &SequenceView) {
         for (ids, table) in [(&mut self.pages, &view.block_table), (&mut self.slots, &view.slot_table)] {
             for &id in table.iter().filter(|&&id| id >= 0) {
                 ids.retain(id as usize);
@@ -168,7 +175,7 @@ impl Tables {
         }
     }
 
-    fn sequence(&self, id: SequenceId) -> Result<&Sequence, TableError> {
+    pub(super) fn sequence(&self, id: SequenceId) -> Result<&Sequence, TableError> {
         if id.pool != self.pool {
             return Err(TableError::ForeignSequence { sequence: id });
         }

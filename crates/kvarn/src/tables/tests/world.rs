@@ -5,9 +5,7 @@ use std::sync::Arc;
 use super::Op;
 use super::check::{deep_copy, deep_copy_view, state};
 use super::model::{Model, needs};
-use crate::tables::{
-    SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables, Unseal,
-};
+use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables, Unseal};
 
 /// What a freed or fresh piece of memory holds: reading it is a failure.
 pub(super) const GARBAGE: u64 = u64::MAX;
