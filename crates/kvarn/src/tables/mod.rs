@@ -15,6 +15,9 @@
 //! - A **step** is one forward pass of a batch: [`Tables::plan_step`] reserves all it needs or
 //!   changes nothing, [`Tables::finish`] makes it the state of its sequences, [`Tables::abandon`]
 //!   takes it back.
+//! - A **published** tile is found by its [`PrefixKey`] and those before it: a new sequence starts from
+//!   what is found, in the same pages and sink slot. What nobody else holds is given up when room is
+//!   needed, the least recently used first.
 //!
 //! [`SealRule`] says when a tile is sealed; [`SequenceView::spans`] says where a stored token is
 //! read.
@@ -25,6 +28,8 @@ mod handle;
 mod ids;
 mod plan;
 mod pool;
+mod prefix;
+mod published;
 mod rule;
 mod stats;
 mod step;
@@ -36,6 +41,7 @@ pub use batch::BatchView;
 pub use error::{Lack, TableError, TableErrorKind};
 pub use handle::{SequenceId, StepId};
 pub use pool::Tables;
+pub use prefix::{PrefixCounts, PrefixKey};
 pub use rule::{MAX_TOKENS, SealRule};
 pub use stats::{Stats, Usage};
 pub use step::{Seal, SealSource, SequencePlan, SlotCopy, SlotWrite, StepPlan};
