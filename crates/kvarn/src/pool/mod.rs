@@ -4,11 +4,14 @@
 mod checks;
 mod core;
 mod error;
+mod fingerprint;
 mod layout;
+mod prefix;
 mod step;
 
 pub use checks::{AttendOptions, AttendSettings, TensorShape, check_attend, check_expand, check_rows};
 pub use core::{PoolCore, Stats};
 pub use error::PoolError;
 pub use layout::{Layer, LayerShape, PoolLayout};
+pub use prefix::TileKey;
 pub use step::OpenStep;

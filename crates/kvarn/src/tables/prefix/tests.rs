@@ -232,6 +232,20 @@ fn starting_from_a_prefix_and_looking_for_it_count_as_use_and_as_none() {
 }
 
 #[test]
+fn a_publication_is_a_use_of_what_was_published_first() {
+    let mut tables = tables(0, 6, 4);
+    for letters in ["ab", "xy"] {
+        let id = published(&mut tables, letters);
+        tables.free(id).unwrap();
+    }
+    let again = published(&mut tables, "ab");
+    tables.free(again).unwrap();
+    let taker = tables.create();
+    append(&mut tables, taker, 3 * GROUP);
+    assert_eq!((tables.match_prefix(&keys("ab")), tables.match_prefix(&keys("xy"))), (2, 1));
+}
+
+#[test]
 fn tiles_in_use_behind_one_that_is_given_up_are_published_no_longer() {
     let mut tables = tables(0, 5, 4);
     let a = published(&mut tables, "ab");

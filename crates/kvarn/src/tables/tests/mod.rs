@@ -40,7 +40,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         ]).prop_map(|(picks, close)| Op::Plan { picks, close }),
         2 => (pick.clone(), any::<bool>()).prop_map(|(pick, finish)| Op::Close { pick, finish }),
         3 => (pick.clone(), 0..12_usize).prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
-        1 => pick.clone().prop_map(|pick| Op::Free { pick }),
+        3 => pick.clone().prop_map(|pick| Op::Free { pick }),
         3 => pick.clone().prop_map(|pick| Op::Fork { pick }),
         1 => prop::collection::vec((pick.clone(), pick.clone()), 0..4).prop_map(|picks| Op::Reorder { picks }),
         4 => (pick, letters()).prop_map(|(pick, letters)| Op::Publish { pick, letters }),
@@ -52,7 +52,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 
 /// Few different ones, so that sequences meet under a key.
 fn letters() -> impl Strategy<Value = Vec<u8>> {
-    prop::collection::vec(prop_oneof![4 => Just(0_u8), 1 => 1..3_u8], 0..7)
+    prop::collection::vec(prop_oneof![2 => Just(0_u8), 1 => 1..3_u8], 0..7)
 }
 
 fn rules() -> impl Strategy<Value = SealRule> {
@@ -88,6 +88,27 @@ proptest! {
         prop_assert_eq!((world.tables.stats().pages.used, world.tables.stats().slots.used), (0, 0));
         world.run(&Op::Unpublish);
         prop_assert_eq!((world.tables.pages.unused(), world.tables.slots.unused()), (pages, slots));
+    }
+
+    #[test]
+    fn requests_for_prefixes_in_a_small_pool_agree_with_the_model(
+        sink_tokens in 0..5_usize,
+        pages in 2..16_usize,
+        slots in 3..8_usize,
+        requests in prop::collection::vec((letters(), any::<bool>(), any::<bool>()), 1..40),
+    ) {
+        let rule = SealRule::new(4, sink_tokens.min(4), 0).unwrap();
+        let mut world = World::new(rule, pages, slots);
+        for (letters, look, keep) in requests {
+            let pick = world.models.len();
+            world.run(&if look { Op::Start { letters: letters.clone() } } else { Op::Create });
+            let count = letters.len() * rule.group() - world.models[pick].tokens.len();
+            world.run(&Op::Plan { picks: vec![(pick, count, 0)], close: Some(true) });
+            world.run(&Op::Publish { pick, letters });
+            if !keep || world.models.len() > 2 {
+                world.run(&Op::Free { pick: if keep { 0 } else { pick } });
+            }
+        }
     }
 
     #[test]
