@@ -16,6 +16,7 @@ import time
 import kvarn
 import numpy as np
 import torch
+from check_prefixes import check_prefixes
 from kvarn.reference import contract
 
 DEVICE = "cuda"
@@ -642,6 +643,7 @@ def main():
         check_scales()
         check_batch_invariance()
         check_forks()
+        COUNTS.cases += check_prefixes(COUNTS.fail)
         check_residues()
         check_long(arguments.full)
         check_large_offsets()
