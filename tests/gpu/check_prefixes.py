@@ -94,7 +94,7 @@ def check_start(fail, *, head_dim, group, sinks, recent, dtype):
         if differ(pool, started, other, alone):
             fail(f"{cfg} {dtype}, {tiles} tiles: stored bytes differ")
         for layer in range(LAYERS):
-            pair = pool.expand(started, layer), other.expand(alone, layer)
+            pair = [one.expand(of, layer, like=rows.rows) for one, of in ((pool, started), (other, alone))]
             if not all(torch.equal(x, y) for x, y in zip(*pair, strict=True)):
                 fail(f"{cfg} {dtype}, {tiles} tiles: expansions differ")
         pool.free(started)

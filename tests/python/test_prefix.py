@@ -67,7 +67,8 @@ def published(pool, network, tokens):
     sequence = pool.create()
     network.run(pool, sequence, tokens)
     sealed = (len(tokens) - pool.cfg.recent_tokens) // GROUP
-    keys = prefix_keys(tokens[: sealed * GROUP], GROUP)
+    assert sequence.sealed == sealed
+    keys = prefix_keys(tokens, GROUP)[:sealed]
     assert pool.publish(sequence, keys) == sealed
     return sequence, keys
 
@@ -184,7 +185,7 @@ def test_a_step_that_does_not_fit_gives_nothing_up():
     assert pool.match_prefix(keys) == 1
     held = pool.create(keys)
     assert held.length == GROUP
-    with pytest.raises(CapacityError, match="sequence 3 needs 1 slot with 0 free"):
+    with pytest.raises(CapacityError, match="sequence 4 needs 1 slot with 0 free"):
         pool.step([other, pool.create(), pool.create()], [1, 1, 1])
 
 
@@ -381,6 +382,7 @@ def test_publications_that_are_refused_change_nothing():
     sequence, keys = published(pool, network, tokens)
     unpublished = pool.create()
     network.run(pool, unpublished, prompt(2 * GROUP, 8))
+    assert unpublished.sealed == 2
     freed = pool.create()
     pool.free(freed)
     foreign = make_pool().create()

@@ -182,6 +182,12 @@ impl Sequence {
         Ok(self.view(py)?.committed)
     }
 
+    /// First tiles that never change again, which ``Pool.publish`` takes: sealed, or a sink as a whole and full.
+    #[getter]
+    fn sealed(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.view(py)?.publishable(&self.core.layout().rule))
+    }
+
     /// Page of each tile, -1 where it has none: int32 [tiles], a read-only snapshot.
     #[getter]
     fn block_table(&self, py: Python<'_>) -> PyResult<Memory> {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub use tree::PrefixKey;
 use tree::{ROOT, Tile, Tree};
 
-use super::{SequenceId, SequenceView, TableError, Tables};
+use super::{SealRule, SequenceId, SequenceView, TableError, Tables};
 
 /// What became of published tiles, and of requests for them, since the tables were made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,13 +55,22 @@ impl Prefixes {
     }
 }
 
+impl SequenceView {
+    /// First tiles that never change again, and can be published: sealed ones, and tile 0 where it is a sink as a whole, once
+    /// all its tokens are committed.
+    pub fn publishable(&self, rule: &SealRule) -> usize {
+        let full_sink = !rule.has_page(0) && self.committed >= rule.group();
+        self.sealed.max(usize::from(full_sink))
+    }
+}
+
 impl Tables {
     /// Publishes the first `keys.len()` tiles of a sequence, `keys[i]` standing for tile `i` behind those before it, and
     /// returns how many were not published before. What the sequence reads stays the same.
     ///
-    /// Only sealed tiles are published, and tile 0 with its sink slot; where it is a sink as a whole, once it is committed.
-    /// A key that another page has keeps it, as it may be in use; the sequence's own is counted as a duplicate, and later
-    /// tiles go behind the one published first. A page is published under one key.
+    /// At most as many as are [`publishable`](SequenceView::publishable), tile 0 with its sink slot. A key that another page
+    /// has keeps it, as it may be in use; the sequence's own is counted as a duplicate, and later tiles go behind the one
+    /// published first. A page is published under one key.
     pub fn publish(&mut self, id: SequenceId, keys: &[PrefixKey]) -> Result<usize, TableError> {
         let view = self.idle(id)?.view.clone();
         self.check_publication(id, &view, keys)?;
@@ -157,8 +166,7 @@ impl Tables {
         view: &SequenceView,
         keys: &[PrefixKey],
     ) -> Result<(), TableError> {
-        let full_sink = !self.rule.has_page(0) && view.committed >= self.rule.group();
-        let tiles = view.sealed.max(usize::from(full_sink));
+        let tiles = view.publishable(&self.rule);
         if keys.len() > tiles {
             return Err(TableError::TooManyKeys { sequence: id, keys: keys.len(), tiles });
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::tables::{SealRule, TableErrorKind};
+use crate::tables::TableErrorKind;
 
 const GROUP: usize = 4;
 
@@ -95,6 +95,7 @@ fn only_sealed_tiles_and_full_sinks_are_published() {
         let mut tables = Tables::new(rule, 8, 8).unwrap();
         let id = tables.create();
         append(&mut tables, id, length);
+        assert_eq!(tables.view(id).unwrap().publishable(&rule), most);
         let error = tables.publish(id, &keys(&"abcde"[..=most])).unwrap_err();
         assert_eq!(error, TableError::TooManyKeys { sequence: id, keys: most + 1, tiles: most });
         assert_eq!(tables.publish(id, &keys(&"abcde"[..most])), Ok(most));
