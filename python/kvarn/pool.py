@@ -108,7 +108,7 @@ class Pool:
         """A new sequence: empty, or starting with tiles that others published.
 
         It starts with the tiles that are published under the first of `prefix`, as many as there are in a
-        row, in the same pages and sink slot, and holds them from this moment on: nothing is copied and no page
+        row, in the same pages and sink slot, and holds them from this moment on: nothing is copied, no page
         is taken. Its ``length``, a multiple of the group, says how many tokens it has; run the model on the
         others. They are all committed, and read as records also within the recent window.
 
@@ -142,8 +142,9 @@ class Pool:
 
         Args:
             sequence: The sequence, outside open steps.
-            keys: A key of 16 bytes for each of its first tiles, at most ``sequence.sealed``, which stands for the tokens of the tile and all
-                before them, the model, and whatever else K and V depend on: see `kvarn.prefix_keys`.
+            keys: A key of 16 bytes for each of its first tiles, at most ``sequence.sealed``. It stands for
+                the tokens of the tile and all before them, the model, and whatever else K and V depend on: see
+                `kvarn.prefix_keys`.
 
         Returns:
             How many tiles were not published before.
@@ -174,8 +175,8 @@ class Pool:
     def fingerprint(self) -> bytes:
         """What the bytes of the pool's tiles depend on besides tokens and model, in 16 bytes.
 
-        A digest of format version, `cfg` (but for its head dim), `dtype` and `layers`. The pool adds it to every
-        key; add it to keys that leave the pool, so that they match under the same configuration only.
+        A digest of format version, `cfg` (but for its head dim), `dtype` and `layers`. The pool adds it to
+        every key; add it to keys that leave the pool, so that they match under the same configuration only.
         """
         return self._pool.fingerprint
 

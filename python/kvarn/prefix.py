@@ -32,7 +32,8 @@ def prefix_keys(
     the tile's tokens, so equal keys mean equal tokens from the start on. It is the same in every process.
 
     Args:
-        token_ids: Token ids [tokens], integers of up to 64 bits. Those behind the last whole tile have no key.
+        token_ids: Token ids [tokens], integers of up to 64 bits. Those behind the last whole tile have no
+            key.
         group: Tokens of a tile, ``cfg.group``.
         salt: What else the cached K and V depend on: the model and its adapter, an image at these tokens, or
             who may share them. Any length.
@@ -50,7 +51,9 @@ def prefix_keys(
             kind = type(value).__name__
             raise DTypeError(f"{name} of type {kind}: expected bytes; encode it first")
     if parent is not None and len(parent) != KEY_BYTES:
-        raise ShapeError(f"parent of {len(parent)} bytes: expected {KEY_BYTES}; pass a key that was made here")
+        raise ShapeError(
+            f"parent of {len(parent)} bytes: expected {KEY_BYTES}; pass a key that was made here"
+        )
     tokens = _tokens(token_ids)
     # The length of the salt keeps it apart from the tokens that follow.
     salted = blake2b(len(salt).to_bytes(8, "little") + salt, digest_size=KEY_BYTES, person=b"kvarn prefix")
@@ -71,10 +74,14 @@ def _tokens(token_ids: Any) -> NDArray[np.int64]:
         token_ids = token_ids.detach().cpu()
     array = np.asarray(token_ids)
     if array.ndim != 1:
-        raise ShapeError(f"token_ids of shape {list(array.shape)}: expected [tokens]; pass one prompt at a time")
+        raise ShapeError(
+            f"token_ids of shape {list(array.shape)}: expected [tokens]; pass one prompt at a time"
+        )
     if array.size == 0:
         array = array.astype(np.int64)
     wide = array.dtype == np.uint64 and array.size > 0 and int(array.max()) > np.iinfo(np.int64).max
     if array.dtype.kind not in "iu" or wide:
-        raise DTypeError(f"token_ids of dtype {array.dtype}: expected integers of up to 64 bits; convert them")
+        raise DTypeError(
+            f"token_ids of dtype {array.dtype}: expected integers of up to 64 bits; convert them"
+        )
     return array.astype("<i8")

@@ -1,7 +1,7 @@
-"""Prefix sharing on a CUDA pool: `check.py` runs it with the rest, `python tests/gpu/check_prefixes.py` alone.
+"""Prefix sharing on a CUDA pool. `check.py` runs it with the rest, or `python tests/gpu/check_prefixes.py`.
 
-A sequence that starts with published tiles gives, to the bit, the outputs, records and slots of one that computed
-its prefix on the same device, and keeps them while others fill the pool with what was displaced.
+A sequence that starts with published tiles gives, to the bit, the outputs, records and slots of one that
+computed its prefix on the same device, and keeps them while others displace what nobody holds.
 """
 
 import sys

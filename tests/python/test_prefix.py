@@ -1,4 +1,4 @@
-"""Prefix sharing: a sequence that starts with published tiles is, to the bit, one that computed them itself."""
+"""Prefix sharing: a sequence that starts with published tiles is, to the bit, one that computed them."""
 
 import threading
 
@@ -284,7 +284,11 @@ def test_many_sequences_of_a_family_of_prompts_in_a_small_pool():
     system = [prompt(GROUP * tiles, seed) for seed, tiles in enumerate((3, 2, 1))]
     running, tiles = [], 0
     for request in range(120):
-        parts = [system[rng.integers(3)], prompt(GROUP * 2, 100 + rng.integers(4)), prompt(rng.integers(1, 70))]
+        parts = [
+            system[rng.integers(3)],
+            prompt(GROUP * 2, 100 + rng.integers(4)),
+            prompt(rng.integers(1, 70)),
+        ]
         tokens = np.concatenate(parts)
         keys = prefix_keys(tokens[:-1], GROUP)
         tiles += len(keys)
