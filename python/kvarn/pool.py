@@ -143,8 +143,8 @@ class Pool:
         Args:
             sequence: The sequence, outside open steps.
             keys: A key of 16 bytes for each of its first tiles, at most ``sequence.sealed``. It stands for
-                the tokens of the tile and all before them, the model, and whatever else K and V depend on: see
-                `kvarn.prefix_keys`.
+                the tokens of the tile and all before them, the model, and whatever else K and V depend on:
+                see `kvarn.prefix_keys`.
 
         Returns:
             How many tiles were not published before.
