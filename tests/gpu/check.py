@@ -17,6 +17,7 @@ import kvarn
 import numpy as np
 import torch
 from check_saved import check_saved
+from check_prefixes import check_prefixes
 from kvarn.reference import contract
 
 DEVICE = "cuda"
@@ -644,6 +645,7 @@ def main():
         check_batch_invariance()
         check_forks()
         check_saved(sys.modules[__name__])
+        COUNTS.cases += check_prefixes(COUNTS.fail)
         check_residues()
         check_long(arguments.full)
         check_large_offsets()
