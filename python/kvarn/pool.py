@@ -106,9 +106,81 @@ class Pool:
             self._pool = _kvarn.CudaPool(cfg, shapes, pages, slots, float32, self._cuda, memory, check)
         self.layers = tuple(LayerShape(*shape) for shape in self._pool.layers)
 
-    def create(self) -> Sequence:
-        """A new, empty sequence."""
-        return self._pool.create()
+    def create(self, prefix: Iterable[bytes] = ()) -> Sequence:
+        """A new sequence: empty, or starting with tiles that others published.
+
+        It starts with the tiles that are published under the first of `prefix`, as many as there are in a
+        row, in the same pages and sink slot, and holds them from this moment on: nothing is copied, no page
+        is taken. Its ``length``, a multiple of the group, says how many tokens it has; run the model on the
+        others. They are all committed, and read as records also within the recent window.
+
+        A model gives logits for tokens that it runs on, so leave out a tile that ends with the prompt::
+
+            sequence = pool.create(prefix=kvarn.prefix_keys(prompt[:-1], cfg.group))
+            rest = prompt[sequence.length :]
+
+        Args:
+            prefix: A key of 16 bytes for each tile of the prompt, as `kvarn.prefix_keys` makes them.
+
+        Raises:
+            ShapeError: A key has not 16 bytes.
+            DTypeError: A key is not bytes.
+        """
+        return self._pool.create(list(prefix))
+
+    def publish(self, sequence: Sequence, keys: Iterable[bytes]) -> int:
+        """Offers the first tiles of a sequence to later ones that begin with the same tokens.
+
+        Only tiles that never change are shared: sealed ones, and the sink slot of tile 0. They stay when the
+        sequence is freed, until a step needs their pages or slots; then those go first that were not used for
+        longest, the later tiles of a sequence before the earlier ones, without which they could not be found.
+        A use is a publication, a sequence that starts with the tile, and the end of one that has it. What a
+        step has thus displaced stays gone if the step is abandoned.
+
+        A tile is found behind the tiles that it was published behind, and in this pool only. Under a key that
+        has a page already, that page stays, and later tiles are found behind it; `sequence` keeps its own
+        (``stats().prefix_duplicates`` counts such tiles). Publishing again, as a sequence grows, adds what is
+        new.
+
+        Args:
+            sequence: The sequence, outside open steps.
+            keys: A key of 16 bytes for each of its first tiles, at most ``sequence.sealed``. It stands for
+                the tokens of the tile and all before them, the model, and whatever else K and V depend on:
+                see `kvarn.prefix_keys`.
+
+        Returns:
+            How many tiles were not published before.
+
+        Raises:
+            ShapeError: More keys than sealed tiles, a key twice, or not of 16 bytes.
+            DTypeError: A key is not bytes.
+            StateError: A tile is published under another key; or as in `free`.
+        """
+        return self._pool.publish(sequence, list(keys))
+
+    def match_prefix(self, keys: Iterable[bytes]) -> int:
+        """How many tiles ``create(prefix=keys)`` would start with now.
+
+        For schedulers: nothing is held, and it is no use. Another thread may displace or add tiles before the
+        sequence is created, whose ``length`` is what counts.
+
+        Raises:
+            ShapeError, DTypeError: As in `create`.
+        """
+        return self._pool.match_prefix(list(keys))
+
+    def unpublish(self) -> None:
+        """Publishes no tile any more, as after a change of weights. Sequences keep what they hold."""
+        self._pool.unpublish()
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What the bytes of the pool's tiles depend on besides tokens and model, in 16 bytes.
+
+        A digest of format version, `cfg` (but for its head dim), `dtype` and `layers`. The pool adds it to
+        every key; add it to keys that leave the pool, so that they match under the same configuration only.
+        """
+        return self._pool.fingerprint
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A new sequence that holds what `sequence` holds, held tokens included. Nothing is copied.

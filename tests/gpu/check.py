@@ -16,6 +16,7 @@ import time
 import kvarn
 import numpy as np
 import torch
+from check_prefixes import check_prefixes
 from check_saved import check_saved
 from check_truncations import check_truncations
 from kvarn.reference import contract
@@ -645,6 +646,7 @@ def main():
         check_batch_invariance()
         check_forks()
         check_saved(sys.modules[__name__])
+        COUNTS.cases += check_prefixes(COUNTS.fail)
         check_truncations(sys.modules[__name__])
         check_residues()
         check_long(arguments.full)

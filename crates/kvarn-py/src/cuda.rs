@@ -7,6 +7,7 @@ use kvarn::pool::AttendOptions;
 use kvarn_cuda::{PoolOptions, Stream};
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::arguments::{natural, naturals};
 use crate::config::Config;
@@ -15,6 +16,7 @@ use crate::memory::Memory;
 use crate::open_step::{self, EXPANDED, KEYS, QUERIES};
 use crate::pool::{Sequence, Stats};
 use crate::pool_core;
+use crate::prefix;
 use crate::saved::{self, Saved, Source};
 use crate::tensor::Lent;
 
@@ -69,9 +71,35 @@ impl CudaPool {
         detached(py, || kvarn_cuda::StaticArrays::new(&self.0, &counts, tokens)).map(StaticArrays)
     }
 
-    /// A new, empty sequence.
-    fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
-        pool_core::create(py, self.0.core())
+    /// A new sequence that starts with the tiles published under the first of `prefix`, if any.
+    fn create(&self, py: Python<'_>, prefix: Vec<Bound<'_, PyAny>>) -> PyResult<Sequence> {
+        prefix::create(py, self.0.core(), &prefix)
+    }
+
+    /// Publishes the first tiles of a sequence, one key each; returns how many were not published before.
+    fn publish(
+        &self,
+        py: Python<'_>,
+        sequence: &Bound<'_, Sequence>,
+        keys: Vec<Bound<'_, PyAny>>,
+    ) -> PyResult<usize> {
+        prefix::publish(py, self.0.core(), sequence, &keys)
+    }
+
+    /// How many tiles a sequence would start with.
+    fn match_prefix(&self, py: Python<'_>, keys: Vec<Bound<'_, PyAny>>) -> PyResult<usize> {
+        prefix::match_prefix(py, self.0.core(), &keys)
+    }
+
+    /// Publishes nothing any more.
+    fn unpublish(&self, py: Python<'_>) -> PyResult<()> {
+        prefix::unpublish(py, self.0.core())
+    }
+
+    /// What the bytes of tiles depend on besides the tokens.
+    #[getter]
+    fn fingerprint<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        prefix::fingerprint(py, self.0.core())
     }
 
     /// A new sequence that holds what another one holds.

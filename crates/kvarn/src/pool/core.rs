@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::fingerprint::fingerprint;
 use super::{Offloaded, OpenStep, PoolError, PoolLayout};
 use crate::codec::EncodeCounts;
 use crate::tables::{self, SequenceId, SequenceView, StepId, Tables, Unseal};
@@ -25,6 +26,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct PoolCore {
     layout: PoolLayout,
+    fingerprint: [u8; 16],
     tables: Mutex<Tables>,
     counts: Mutex<EncodeCounts>,
 }
@@ -33,12 +35,18 @@ impl PoolCore {
     /// An empty pool.
     pub fn new(layout: PoolLayout) -> Result<Arc<Self>, PoolError> {
         let tables = Tables::new(layout.rule, layout.pages, layout.slots)?;
-        Ok(Arc::new(Self { layout, tables: Mutex::new(tables), counts: Mutex::default() }))
+        let fingerprint = fingerprint(&layout);
+        Ok(Arc::new(Self { layout, fingerprint, tables: Mutex::new(tables), counts: Mutex::default() }))
     }
 
     /// Layers and where their bytes lie.
     pub const fn layout(&self) -> &PoolLayout {
         &self.layout
+    }
+
+    /// What the bytes of the pool's tiles depend on besides the tokens: equal for pools whose tiles are interchangeable.
+    pub const fn fingerprint(&self) -> [u8; 16] {
+        self.fingerprint
     }
 
     /// A new, empty sequence.

@@ -4,9 +4,11 @@
 mod checks;
 mod core;
 mod error;
+mod fingerprint;
 mod image;
 mod images;
 mod layout;
+mod prefix;
 mod saved;
 mod step;
 
@@ -16,5 +18,6 @@ pub use error::PoolError;
 pub use image::{ImageSize, Piece, PoolMemory};
 pub use images::{Offloaded, Snapshot, Whereabouts};
 pub use layout::{Layer, LayerShape, PoolLayout};
+pub use prefix::TileKey;
 pub use saved::{SEQUENCE_MAGIC, read_sequence, sequence_header};
 pub use step::OpenStep;

@@ -1,7 +1,7 @@
 //! What the tables refuse, and why.
 
 use super::rule::MAX_TOKENS;
-use super::{SequenceId, StepId};
+use super::{PrefixKey, SequenceId, StepId};
 
 /// What kind of mistake a [`TableError`] is, for callers that map errors to classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -243,6 +243,40 @@ pub enum TableError {
         /// Sequences given.
         sequences: usize,
     },
+    /// More keys than tiles that can be shared.
+    #[error(
+        "{keys} keys for {sequence}: expected at most {tiles}, its sealed tiles; pass fewer, or publish once more are sealed"
+    )]
+    TooManyKeys {
+        /// The sequence.
+        sequence: SequenceId,
+        /// Keys given.
+        keys: usize,
+        /// Tiles that can be published.
+        tiles: usize,
+    },
+    /// A key that is given twice.
+    #[error(
+        "key {key} at {first} and {second}: expected each key once; derive the key of a tile from that of the tile before it"
+    )]
+    RepeatedKey {
+        /// The key.
+        key: PrefixKey,
+        /// Its first index.
+        first: usize,
+        /// Its second index.
+        second: usize,
+    },
+    /// A tile that is published under another key.
+    #[error(
+        "tile {tile} of {sequence}, which is published under other keys: expected the keys it was published with; pass these"
+    )]
+    PublishedTile {
+        /// The sequence.
+        sequence: SequenceId,
+        /// The tile.
+        tile: usize,
+    },
     /// Too few free pages or slots for a step.
     ///
     /// Sequences are served in batch order, and one that does not fit takes nothing: without those
@@ -278,6 +312,8 @@ impl TableError {
             | Self::StepTooLong
             | Self::OrderLength { .. }
             | Self::OrderIndex { .. }
+            | Self::TooManyKeys { .. }
+            | Self::RepeatedKey { .. }
             | Self::TruncateBeyondLength { .. } => TableErrorKind::Shape,
             Self::ForeignSequence { .. }
             | Self::FreedSequence { .. }
@@ -285,7 +321,8 @@ impl TableError {
             | Self::OffloadedSequence { .. }
             | Self::ResidentSequence { .. }
             | Self::ForeignStep { .. }
-            | Self::ClosedStep { .. } => TableErrorKind::State,
+            | Self::ClosedStep { .. }
+            | Self::PublishedTile { .. } => TableErrorKind::State,
             Self::Capacity { .. } | Self::ImageCapacity { .. } | Self::TruncateWithoutSlot { .. } => {
                 TableErrorKind::Capacity
             }

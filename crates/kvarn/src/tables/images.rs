@@ -90,7 +90,7 @@ impl Tables {
     pub fn allocate(&mut self, lengths: &Lengths) -> Result<SequenceView, TableError> {
         let rule = self.rule;
         let (pages_needed, slots_needed) = (lengths.pages(&rule), lengths.slots(&rule));
-        let (pages_free, slots_free) = (self.pages.unused(), self.slots.unused());
+        let (pages_free, slots_free) = (self.pages.available(), self.slots.available());
         if pages_needed > pages_free || slots_needed > slots_free {
             return Err(TableError::ImageCapacity {
                 length: lengths.length,
@@ -102,6 +102,7 @@ impl Tables {
                 slots: self.slots.total(),
             });
         }
+        self.make_room(pages_needed, slots_needed);
         let tiles = rule.tiles(lengths.length);
         let mut table = |page: bool| {
             let (ids, has): (_, fn(&Lengths, &_, _) -> bool) = if page {

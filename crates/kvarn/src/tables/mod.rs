@@ -17,6 +17,9 @@
 //!   changes nothing, [`Tables::finish`] makes it the state of its sequences, [`Tables::abandon`]
 //!   takes it back.
 //! - An **offloaded** sequence has lengths, and an image on the host, but no pages and slots.
+//! - A **published** tile is found by its [`PrefixKey`] and those before it: a new sequence starts from
+//!   what is found, in the same pages and sink slot. What nobody else holds is given up when room is
+//!   needed, the least recently used first.
 //!
 //! [`SealRule`] says when a tile is sealed; [`SequenceView::spans`] says where a stored token is
 //! read.
@@ -29,6 +32,8 @@ mod images;
 mod lengths;
 mod plan;
 mod pool;
+mod prefix;
+mod published;
 mod rule;
 mod stats;
 mod step;
@@ -43,6 +48,7 @@ pub use handle::{SequenceId, StepId};
 pub use images::HostImage;
 pub use lengths::Lengths;
 pub use pool::Tables;
+pub use prefix::{PrefixCounts, PrefixKey};
 pub use rule::{MAX_TOKENS, SealRule};
 pub use stats::{Stats, Usage};
 pub use step::{Seal, SealSource, SequencePlan, SlotCopy, SlotWrite, StepPlan};

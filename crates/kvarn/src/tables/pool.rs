@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::ids::Ids;
+use super::prefix::Prefixes;
 use super::rule::MAX_TOKENS;
 use super::{
     HostImage, SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle,
@@ -12,7 +13,7 @@ use super::{
 /// The tables of one pool.
 ///
 /// Each entry of a sequence's tables is one reference to its page or slot; an open step holds one
-/// reference to each page and slot that it adds. Every call either does all it says or changes
+/// reference to each page and slot that it adds, a published tile one to its page and to its sink slot. Every call either does all it says or changes
 /// nothing.
 #[derive(Debug)]
 pub struct Tables {
@@ -26,6 +27,7 @@ pub struct Tables {
     pub(super) next_step: u64,
     /// Records decoded by truncations.
     pub(super) unsealed: u64,
+    pub(super) prefixes: Prefixes,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,6 +58,7 @@ impl Tables {
             next_sequence: 0,
             next_step: 0,
             unsealed: 0,
+            prefixes: Prefixes::default(),
         })
     }
 
@@ -120,9 +123,12 @@ impl Tables {
 
     /// Forgets a sequence and gives back its pages and slots. Refused in an open step.
     pub fn free(&mut self, id: SequenceId) -> Result<(), TableError> {
-        if self.sequence(id)?.offloaded.is_none() {
+        let sequence = self.sequence(id)?;
+        let (view, offloaded) = (sequence.view.clone(), sequence.offloaded.is_some());
+        if !offloaded {
             self.idle(id)?;
         }
+        self.note_use(&view);
         self.replace_view(id, SequenceView::default());
         self.sequences.remove(&id.serial);
         Ok(())
@@ -130,7 +136,13 @@ impl Tables {
 
     /// How full the pool is.
     pub fn stats(&self) -> Stats {
-        let usage = |ids: &Ids| Usage { total: ids.total(), used: ids.used(), free: ids.unused() };
+        let usage = |ids: &Ids| Usage {
+            total: ids.total(),
+            used: ids.total() - ids.available(),
+            free: ids.available(),
+            published: ids.published(),
+            cached: ids.cached(),
+        };
         Stats {
             pages: usage(&self.pages),
             slots: usage(&self.slots),
@@ -138,6 +150,7 @@ impl Tables {
             tokens: self.sequences.values().map(|sequence| sequence.view.length).sum(),
             open_steps: self.open_steps.len(),
             unsealed: self.unsealed,
+            prefixes: self.prefixes.counts(),
         }
     }
 
@@ -198,6 +211,7 @@ pub(super) fn release_missing(ids: &mut Ids, from: &Arc<Vec<i32>>, to: &Arc<Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tables::PrefixCounts;
 
     const GROUP: usize = 8;
 
@@ -245,12 +259,13 @@ mod tests {
         assert_eq!(
             tables.stats(),
             Stats {
-                pages: Usage { total: 8, used: 2, free: 6 },
-                slots: Usage { total: 8, used: 2, free: 6 },
+                pages: Usage { total: 8, used: 2, free: 6, published: 0, cached: 0 },
+                slots: Usage { total: 8, used: 2, free: 6, published: 0, cached: 0 },
                 sequences: 2,
                 tokens: 24,
                 open_steps: 1,
                 unsealed: 0,
+                prefixes: PrefixCounts::default(),
             }
         );
     }

@@ -17,7 +17,7 @@ pub struct Unseal {
     pub tokens: usize,
 }
 
-/// A truncation that is possible. Nothing has changed, and nothing does unless it is [committed](Self::commit).
+/// A truncation that is possible. No sequence has changed, and none does unless it is [committed](Self::commit).
 #[derive(Debug)]
 #[must_use = "nothing is truncated before commit"]
 pub struct Truncation<'a> {
@@ -34,12 +34,13 @@ impl Tables {
     /// lose a reference. A tile that is kept in part goes on in a slot, and the next step writes over what was dropped:
     /// - In its own, if it has one, exactly. That is a tile which is not sealed, and tile 0 where there are sinks: its slot
     ///   keeps all its tokens, those that were read from its page too.
-    /// - Otherwise it is sealed: its record is decoded into a free slot. Other sequences keep the page.
+    /// - Otherwise it is sealed: its record is decoded into a free slot, for which a published tile that nobody holds may be
+    ///   given up at once. Other sequences keep the page.
     ///
     /// A cut between two tiles needs no slot. Tiles that stay sealed do so, even within the recent window. Refused beyond the
     /// length, in an open step, and where a slot is needed and none is free.
     pub fn plan_truncation(&mut self, id: SequenceId, keep: usize) -> Result<Truncation<'_>, TableError> {
-        let view = &self.idle(id)?.view;
+        let view = self.idle(id)?.view.clone();
         if keep > view.length {
             return Err(TableError::TruncateBeyondLength { sequence: id, keep, length: view.length });
         }
@@ -61,13 +62,18 @@ impl Tables {
         if tokens > 0 && whole < view.sealed && self.rule.has_page(whole) {
             let page = std::mem::replace(&mut Arc::make_mut(&mut after.block_table)[whole], -1) as usize;
             if !self.rule.keeps_slot(whole) {
-                let slot = self.slots.lowest_free().ok_or(TableError::TruncateWithoutSlot {
-                    sequence: id,
-                    keep,
-                    tile: whole,
-                    slots: self.slots.total(),
-                    boundary: keep - tokens,
-                })?;
+                if self.slots.available() == 0 {
+                    let (slots, boundary) = (self.slots.total(), keep - tokens);
+                    return Err(TableError::TruncateWithoutSlot {
+                        sequence: id,
+                        keep,
+                        tile: whole,
+                        slots,
+                        boundary,
+                    });
+                }
+                self.make_room(0, 1);
+                let slot = self.slots.lowest_free();
                 Arc::make_mut(&mut after.slot_table)[whole] = slot as i32;
                 unseal = Some(Unseal { tile: whole, page, slot, tokens });
             }
@@ -90,6 +96,12 @@ impl Truncation<'_> {
     /// Makes it so.
     pub fn commit(self) {
         let Self { tables, id, after, unseal } = self;
+        let before = &tables.sequences[&id.serial].view;
+        if after.length / tables.rule.group() < before.publishable(&tables.rule) {
+            // What is dropped of published tiles was in use until now.
+            let before = before.clone();
+            tables.note_use(&before);
+        }
         if let Some(unseal) = unseal {
             let slot = tables.slots.allocate();
             debug_assert_eq!(slot, unseal.slot, "the tables are borrowed since the slot was chosen");

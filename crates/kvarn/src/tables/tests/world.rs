@@ -1,10 +1,12 @@
 //! A pool, its memory of token values and the model of each sequence, moved together.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Op;
 use super::check::{deep_copy, deep_copy_view, state};
 use super::model::{Model, needs};
+use super::prefix::PublishedTile;
 use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables, Unseal};
 
 /// What a freed or fresh piece of memory holds: reading it is a failure.
@@ -27,6 +29,9 @@ pub(super) struct World {
     pub(super) open: Vec<OpenStep>,
     pub(super) slots: Vec<Vec<u64>>,
     pub(super) pages: Vec<Vec<u64>>,
+    /// Published tiles, by the letters on the way to them.
+    pub(super) published: BTreeMap<Vec<u8>, PublishedTile>,
+    pub(super) clock: u64,
     next_value: u64,
 }
 
@@ -40,6 +45,8 @@ impl World {
             open: Vec::new(),
             slots: vec![tile.clone(); slots],
             pages: vec![tile; pages],
+            published: BTreeMap::new(),
+            clock: 0,
             next_value: 0,
         }
     }
@@ -73,6 +80,9 @@ impl World {
             Op::Free { pick } => self.free(*pick),
             Op::Fork { pick } => self.fork(*pick),
             Op::Reorder { picks } => self.reorder(picks),
+            Op::Publish { pick, letters } => self.publish(*pick, letters),
+            Op::Start { letters } => self.start(letters),
+            Op::Unpublish => self.unpublish(),
         }
         self.check();
     }
@@ -94,37 +104,46 @@ impl World {
             return false;
         }
         let before = state(&self.tables);
-        let unused = (self.tables.pages.unused(), self.tables.slots.unused());
-        let (pages, slots) = batch
-            .iter()
-            .map(|&(index, count, hold)| {
-                needs(&self.rule, &self.models[index], count, hold, self.shares_its_tail(index))
-            })
-            .fold((0, 0), |sum, need| (sum.0 + need.0, sum.1 + need.1));
+        let available = self.available();
+        let (pages, slots) = self.needs_of(&batch);
 
         match self.plan_batch(&batch) {
             Ok(plan) => {
-                assert!(pages <= unused.0 && slots <= unused.1);
-                assert_eq!(self.tables.pages.unused(), unused.0 - pages);
-                assert_eq!(self.tables.slots.unused(), unused.1 - slots);
+                assert!(pages <= available.0 && slots <= available.1);
+                self.make_room(pages, slots);
+                assert_eq!(self.tables.pages.available(), available.0 - pages);
+                assert_eq!(self.tables.slots.available(), available.1 - slots);
                 self.append(&batch, plan);
                 true
             }
             Err(error) => {
                 assert_eq!(error.kind(), TableErrorKind::Capacity);
-                assert!(pages > unused.0 || slots > unused.1, "refused a step that fits: {error}");
+                assert!(pages > available.0 || slots > available.1, "refused a step that fits: {error}");
                 assert_eq!(state(&self.tables), before);
                 let TableError::Capacity { lacking, .. } = error else { unreachable!() };
                 batch
                     .retain(|(index, ..)| lacking.iter().all(|lack| lack.sequence != self.models[*index].id));
                 if !batch.is_empty() {
+                    let (pages, slots) = self.needs_of(&batch);
                     let plan = self.plan_batch(&batch).expect("the step fits without those listed");
                     self.tables.abandon(plan.id).unwrap();
-                    assert_eq!(state(&self.tables), before);
+                    if !self.make_room(pages, slots) {
+                        assert_eq!(state(&self.tables), before);
+                    }
                 }
                 false
             }
         }
+    }
+
+    /// Pages and slots that a step takes.
+    fn needs_of(&self, batch: &[(usize, usize, usize)]) -> (usize, usize) {
+        batch
+            .iter()
+            .map(|&(index, count, hold)| {
+                needs(&self.rule, &self.models[index], count, hold, self.shares_its_tail(index))
+            })
+            .fold((0, 0), |sum, need| (sum.0 + need.0, sum.1 + need.1))
     }
 
     fn plan_batch(&mut self, batch: &[(usize, usize, usize)]) -> Result<Arc<StepPlan>, TableError> {
@@ -194,7 +213,8 @@ impl World {
         }
     }
 
-    /// Whether another sequence, as it is or as an open step makes it, has the slot of this one's last tile.
+    /// Whether another sequence, as it is or as an open step makes it, or a published tile has the slot of this one's last
+    /// tile.
     fn shares_its_tail(&self, index: usize) -> bool {
         let id = self.models[index].id;
         let Some(&slot) = self.tables.view(id).unwrap().slot_table.last() else { return false };
@@ -203,7 +223,9 @@ impl World {
         let mut views = others
             .map(|model| self.tables.view(model.id).unwrap())
             .chain(planned.filter(|plan| plan.id != id).map(|plan| &plan.after));
-        slot >= 0 && views.any(|view| view.slot_table.contains(&slot))
+        let mut published = self.published.values().filter_map(|tile| tile.slot);
+        slot >= 0
+            && (views.any(|view| view.slot_table.contains(&slot)) || published.any(|id| id as i32 == slot))
     }
 
     fn fork(&mut self, pick: usize) {
@@ -245,38 +267,43 @@ impl World {
             return;
         }
         let (index, group) = (pick % self.models.len(), self.rule.group());
-        let model = &mut self.models[index];
+        let model = self.models[index].clone();
         let keep = model.tokens.len().saturating_sub(drop);
         let (before, unsealed) = (state(&self.tables), self.tables.stats().unsealed);
-        let snapshot = self.tables.view(model.id).unwrap().clone();
-        let copy = deep_copy_view(&snapshot);
-        let free = self.tables.slots.unused();
-        let result = self.tables.plan_truncation(model.id, keep);
+        let cut = model.unsealed_by(keep, &self.rule);
         if model.open {
+            let result = self.tables.plan_truncation(model.id, keep);
             assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
             assert_eq!(state(&self.tables), before);
             return;
         }
-        let cut = model.unsealed_by(keep, &self.rule);
-        if cut.is_some() && free == 0 {
-            let error = result.unwrap_err();
+        if cut.is_some() && self.available().1 == 0 {
+            let error = self.tables.plan_truncation(model.id, keep).unwrap_err();
             assert_eq!(error.kind(), TableErrorKind::Capacity);
             assert!(matches!(error, TableError::TruncateWithoutSlot { .. }), "{error}");
             assert_eq!((state(&self.tables), self.tables.stats().unsealed), (before, unsealed));
             return;
         }
-        let truncation = result.unwrap();
+
+        let references = self.references().1;
+        self.make_room(0, usize::from(cut.is_some()));
+        let used = (keep / group < self.whole_tiles(&model)).then(|| self.last_published(index));
+        let snapshot = self.tables.view(model.id).unwrap().clone();
+        let copy = deep_copy_view(&snapshot);
+        let truncation = self.tables.plan_truncation(model.id, keep).unwrap();
         assert_eq!(truncation.before(), &snapshot);
         assert_eq!(truncation.unseal().map(|unseal| unseal.tile), cut);
         if let Some(Unseal { tile, page, slot, tokens }) = truncation.unseal() {
             assert_eq!((page as i32, tokens), (snapshot.block_table[tile], keep - tile * group));
-            assert!(self.slots[slot].iter().all(|&value| value == GARBAGE), "slot {slot} is in use");
+            assert_eq!(references[slot], 0, "slot {slot} is in use");
             let record = &self.pages[page];
             assert!(!record.contains(&GARBAGE), "page {page} holds nothing");
+            self.slots[slot].fill(GARBAGE);
             self.slots[slot][..tokens].copy_from_slice(&record[..tokens]);
         }
         truncation.commit();
-        model.truncate(keep, &self.rule);
+        self.use_way(&used.unwrap_or_default());
+        self.models[index].truncate(keep, &self.rule);
         assert_eq!(self.tables.stats().unsealed, unsealed + u64::from(cut.is_some()));
         assert_eq!(snapshot, copy, "a snapshot never changes");
     }
@@ -287,6 +314,7 @@ impl World {
         }
         let index = pick % self.models.len();
         let before = state(&self.tables);
+        let used = self.last_published(index);
         let result = self.tables.free(self.models[index].id);
         if self.models[index].open {
             assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
@@ -295,6 +323,7 @@ impl World {
             result.unwrap();
             let id = self.models.remove(index).id;
             assert_eq!(self.tables.view(id), Err(TableError::FreedSequence { sequence: id }));
+            self.use_way(&used);
         }
     }
 }
