@@ -102,9 +102,17 @@ impl World {
         let used_slots = slots.check("slots", &references.slots);
 
         let (stats, layout) = (core.stats(), core.layout());
-        let usage = |total, used| Usage { total, used, free: total - used };
-        assert_eq!(stats.tables.pages, usage(layout.pages, used_pages), "pages");
-        assert_eq!(stats.tables.slots, usage(layout.slots, used_slots), "slots");
+        let counts = |usage: Usage| (usage.total, usage.used, usage.free);
+        assert_eq!(
+            counts(stats.tables.pages),
+            (layout.pages, used_pages, layout.pages - used_pages),
+            "pages"
+        );
+        assert_eq!(
+            counts(stats.tables.slots),
+            (layout.slots, used_slots, layout.slots - used_slots),
+            "slots"
+        );
         assert_eq!(stats.page_bytes, used_pages * self.page_bytes(), "bytes of pages");
         assert_eq!(stats.slot_bytes, used_slots * self.slot_bytes(), "bytes of slots");
         assert_eq!(stats.tables.sequences, self.sequences.len(), "sequences");
