@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{OpenStep, PoolError, PoolLayout};
 use crate::codec::EncodeCounts;
-use crate::tables::{self, References, SequenceId, SequenceView, StepId, Tables};
+use crate::tables::{self, SequenceId, SequenceView, StepId, Tables};
 
 /// How full a pool is, and what its encoders met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,11 +107,6 @@ impl PoolCore {
             slot_bytes: tables.slots.used * layers.iter().map(|layer| layer.slot_bytes).sum::<usize>(),
             counts: *self.counts.lock().unwrap_or_else(PoisonError::into_inner),
         }
-    }
-
-    /// How often each page and slot is held; see [`Tables::references`].
-    pub fn references(&self) -> References {
-        self.tables().references()
     }
 
     /// Adds what an encoder met.

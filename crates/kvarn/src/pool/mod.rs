@@ -5,6 +5,7 @@ mod checks;
 mod core;
 mod error;
 mod layout;
+mod references;
 mod step;
 
 pub use checks::{AttendOptions, AttendSettings, TensorShape, check_attend, check_expand, check_rows};
