@@ -14,6 +14,7 @@
 #pragma once
 #include "combine.cuh"
 #include "fetch.cuh"
+#include "predecessor.cuh"
 #include "record_tile.cuh"
 #include "slot_tile.cuh"
 
@@ -212,9 +213,11 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
       next.count = 0, next.first.tiles = 0;
     }
   };
+  let_successor_begin();
   copy(&reader.work(0), mine, kShareWords);
   fetch_words_wait();
   __syncthreads();
+  wait_for_predecessor();
   if (reader.work(0).count == 0) return;
   describe_next(0);
   reader.issue_keys(reader.record(0, 0));

@@ -247,8 +247,8 @@ impl Pool {
             value_bits: config.value_bits().get() as i32,
             unused: 0,
         };
-        let blocks = tokens.end.div_ceil(64) - tokens.start / 64;
-        let grid = [blocks as u32, 2 * at.shape.kv_heads as u32, 1];
+        let warps = (tokens.end.div_ceil(64) - tokens.start / 64) * 2 * at.shape.kv_heads;
+        let grid = [warps.div_ceil(4) as u32, 1, 1];
         let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
         // SAFETY: the parameter is the kernel's (its size is checked, its layout mirrored); tables and pool are kept until
         // the work has run (`read_by`, `Drop`); the tensors are as their maker promised; the stream is the caller's.

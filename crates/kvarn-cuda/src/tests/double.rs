@@ -175,7 +175,7 @@ fn launches_are_checked_and_the_context_restored() {
 
 #[test]
 fn a_lost_device_is_told_once_with_the_kernel() {
-    run("lost_device", &[("DOUBLE_FAIL", "cuLaunchKernel:3:700")]);
+    run("lost_device", &[("DOUBLE_FAIL", "cuLaunchKernelEx:3:700")]);
 }
 
 #[test]
@@ -250,5 +250,5 @@ fn an_attention_without_workspace_can_be_tried_again() {
 
 #[test]
 fn a_lost_device_is_told_with_the_pools_kernel() {
-    run_steps("lost_in_a_step", &[("DOUBLE_FAIL", "cuLaunchKernel:2:700")]);
+    run_steps("lost_in_a_step", &[("DOUBLE_FAIL", "cuLaunchKernelEx:2:700")]);
 }

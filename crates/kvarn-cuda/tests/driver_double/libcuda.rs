@@ -36,11 +36,25 @@ struct Books {
     launches: Vec<Launch>,
 }
 
+/// The driver's `CUlaunchConfig`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: u64,
+    attributes: *const u32,
+    attribute_count: u32,
+}
+
 #[derive(Default)]
 struct Launch {
     kernel: u64,
     grid: [u32; 3],
     stream: u64,
+    /// Id of the only attribute that a launch may have; 0 where it has none.
+    attribute: u32,
     /// The first parameter.
     parameter: Vec<u8>,
 }
@@ -304,7 +318,7 @@ api! {
     }
     cuKernelGetAttribute(value: *mut i32, attribute: i32, kernel: u64, _device: i32) {
         let attends = kernels()[(kernel - FIRST_KERNEL) as usize].0.to_bytes().starts_with(b"kvarn_attend");
-        *value = match attribute { 0 => if attends { 128 } else { 1024 }, 1 => 1 << 10, 4 => 32, _ => 0 };
+        *value = match attribute { 0 => if attends { 128 } else { 1024 }, 1 => 1 << 10, 4 => 32, 5 => 90, _ => 0 };
         0
     }
     cuKernelSetAttribute(_attribute: i32, _value: i32, _kernel: u64, _device: i32) { 0 }
@@ -320,16 +334,17 @@ api! {
         *blocks = 3;
         0
     }
-    cuLaunchKernel(
-        function: u64, x: u32, y: u32, z: u32, _bx: u32, _by: u32, _bz: u32, _shared: u32, stream: u64,
-        parameters: *mut *mut c_void, _extra: *mut c_void
+    cuLaunchKernelEx(
+        config: *const LaunchConfig, function: u64, parameters: *mut *mut c_void, _extra: *mut c_void
     ) {
+        let LaunchConfig { grid, stream, attributes, attribute_count, .. } = *config;
+        let attribute = if attribute_count == 0 { 0 } else { *attributes };
         let bytes = kernels()[(function - FIRST_KERNEL) as usize].1;
         let mut parameter = vec![0; bytes];
         if bytes > 0 {
             std::ptr::copy_nonoverlapping((*parameters).cast::<u8>(), parameter.as_mut_ptr(), bytes);
         }
-        let launch = Launch { kernel: function, grid: [x, y, z], stream, parameter };
+        let launch = Launch { kernel: function, grid, stream, attribute, parameter };
         with(|books| books.launches.push(launch));
         0
     }
