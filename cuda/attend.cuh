@@ -213,7 +213,6 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
       next.count = 0, next.first.tiles = 0;
     }
   };
-  let_successor_begin();
   copy(&reader.work(0), mine, kShareWords);
   fetch_words_wait();
   __syncthreads();
@@ -250,6 +249,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
       attend_slot<L, NT>(reader, i, query_unit, softmax, O);
       leave_results<L, NT, false>(reader, softmax, O);
     }
+    // Blocks that begin while this one reads records would gather on few multiprocessors.
+    if (work.count == 1) let_successor_begin();
     fetch_words_wait();
     __syncthreads();
 
