@@ -4,7 +4,7 @@ use fastrand::Rng;
 use kvarn::Side;
 use kvarn::pool::AttendOptions;
 
-use crate::common::{Rows, attend_f64};
+use crate::floats::Floats;
 use crate::open_step::OpenStep;
 use crate::world::World;
 
@@ -30,8 +30,8 @@ impl World {
         };
         let sinks: Option<Vec<f32>> =
             (random.u8(..3) == 0).then(|| (0..heads).map(|_| random.f32() * 4.0 - 2.0).collect());
-        let q = Rows::random([rows, heads, at.head_dim], random.u64(..));
-        let mut out = Rows::zeros(q.shape);
+        let q = Floats::random([rows, heads, at.head_dim], random);
+        let mut out = Floats::zeros(q.shape);
         let mut lse = vec![f32::NAN; rows * heads];
         let (tensor, sink) = (out.tensor_mut(), sinks.as_deref());
         open.step.attend(layer, &q.tensor(), &options, sink, &tensor, Some(&mut lse)).unwrap();
@@ -61,7 +61,7 @@ impl World {
                 at.rotation.apply(&mut result);
             }
             let sink = sinks.as_ref().map(|sinks| sinks[head]);
-            let (expected, expected_lse) = attend_f64(&query, seen.into_iter(), scale, options.softcap, sink);
+            let (expected, expected_lse) = attend(&query, &seen, scale, options.softcap, sink);
             let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
             let error = norm(&mut result.iter().zip(&expected).map(|(a, b)| f64::from(*a) - b));
             // Where values cancel, the result is held against the size of what was summed.
@@ -82,4 +82,33 @@ impl World {
 
 fn square(values: &[f32]) -> f64 {
     values.iter().map(|x| f64::from(*x).powi(2)).sum()
+}
+
+/// One query's attention in float64 over keys and values, and its log-sum-exp.
+fn attend(
+    query: &[f32],
+    seen: &[(&[f32], &[f32])],
+    scale: f64,
+    softcap: Option<f32>,
+    sink: Option<f32>,
+) -> (Vec<f64>, f64) {
+    let logit = |key: &[f32]| {
+        let logit = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * scale;
+        softcap.map_or(logit, |cap| f64::from(cap) * (logit / f64::from(cap)).tanh())
+    };
+    let logits: Vec<f64> = seen.iter().map(|(key, _)| logit(key)).collect();
+    let sink = sink.map_or(f64::NEG_INFINITY, f64::from);
+    let most = logits.iter().copied().fold(sink, f64::max);
+    let mut out = vec![0.0; query.len()];
+    if most == f64::NEG_INFINITY {
+        return (out, most);
+    }
+    let sum = logits.iter().map(|logit| (logit - most).exp()).sum::<f64>() + (sink - most).exp();
+    for (logit, (_, values)) in logits.iter().zip(seen) {
+        let weight = (logit - most).exp() / sum;
+        for (out, value) in out.iter_mut().zip(*values) {
+            *out += weight * f64::from(*value);
+        }
+    }
+    (out, most + sum.ln())
 }

@@ -7,7 +7,7 @@ use kvarn::Side;
 use kvarn_cpu::{Error, TensorMut};
 
 use crate::codec::Layer;
-use crate::common::Rows;
+use crate::floats::Floats;
 use crate::sequence::{Stored, Token};
 use crate::world::World;
 
@@ -56,7 +56,7 @@ pub(crate) fn check_expansion(
     expand: impl FnOnce(usize, &TensorMut<'_>, &TensorMut<'_>) -> Result<(), Error>,
 ) {
     let shape = [tokens.len(), layer.kv_heads, layer.head_dim];
-    let (mut k, mut v) = (Rows::zeros(shape), Rows::zeros(shape));
+    let (mut k, mut v) = (Floats::zeros(shape), Floats::zeros(shape));
     expand(tokens.start, &k.tensor_mut(), &v.tensor_mut()).unwrap();
     let mut row = vec![0.0; layer.head_dim];
     for (index, position) in tokens.enumerate() {

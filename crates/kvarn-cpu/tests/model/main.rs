@@ -10,9 +10,8 @@
 mod accounting;
 mod attention;
 mod codec;
-#[path = "../common/mod.rs"]
-mod common;
 mod contents;
+mod floats;
 mod open_step;
 mod operations;
 mod quiet;

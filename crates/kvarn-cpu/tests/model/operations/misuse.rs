@@ -7,7 +7,7 @@ use kvarn::tables::{SequenceId, TableError};
 use kvarn_cpu::Error;
 
 use super::Outcome;
-use crate::common::Rows;
+use crate::floats::Floats;
 use crate::world::World;
 
 pub(super) fn run(world: &mut World, random: &mut Rng) -> Outcome {
@@ -84,7 +84,7 @@ fn arguments(world: &World, random: &mut Rng) -> Outcome {
     }
     let at = &world.codec.layers[0];
     let expand = |layer: usize, shape: [usize; 3], first: usize| {
-        let (mut k, mut v) = (Rows::zeros(shape), Rows::zeros(shape));
+        let (mut k, mut v) = (Floats::zeros(shape), Floats::zeros(shape));
         world.pool.expand(id, layer, first, true, &k.tensor_mut(), &v.tensor_mut()).unwrap_err()
     };
     let token = [1, at.kv_heads, at.head_dim];

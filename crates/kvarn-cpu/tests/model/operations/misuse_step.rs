@@ -5,7 +5,7 @@ use kvarn::pool::{AttendOptions, PoolError};
 use kvarn_cpu::Error;
 
 use super::Outcome;
-use crate::common::Rows as Floats;
+use crate::floats::Floats;
 use crate::open_step::Request;
 use crate::values::Rows;
 use crate::world::World;
@@ -19,7 +19,7 @@ pub(super) fn run(world: &mut World, random: &mut Rng) -> Outcome {
     let error = open.step.append(0, &short.k.tensor(), &short.v.tensor(), false).unwrap_err();
     assert!(matches!(error, Error::Pool(PoolError::Shape { what: "k", .. })), "{error}");
     let mut out = Floats::zeros([1, heads, head_dim]);
-    let q = Floats::random(out.shape, 1);
+    let q = Floats::random(out.shape, random);
     let attend = open.step.attend(0, &q.tensor(), &AttendOptions::default(), None, &out.tensor_mut(), None);
     assert!(matches!(attend, Err(Error::Pool(PoolError::Shape { what: "q", .. }))));
     assert!(matches!(open.step.open().finish(), Err(PoolError::Order(_))), "finished before every append");
