@@ -3,7 +3,7 @@
 use kvarn::pool::TileKey;
 use kvarn::tables::PrefixCounts;
 
-use crate::sequence::{Stored, Tile, Token};
+use crate::sequence::{Piece, Stored, Tile, Token};
 use crate::world::World;
 
 /// A published tile.
@@ -118,23 +118,23 @@ impl World {
     /// Gives up published tiles that nobody holds, as the pool does for what it takes next: for slots, then for pages, the
     /// least recently used tile first.
     pub(crate) fn make_room(&mut self, pages: usize, slots: usize) {
-        let kinds: [(fn(&Tile) -> _, usize); 2] = [(|tile| tile.slot, slots), (|tile| tile.page, pages)];
-        for (index, (pick, needed)) in kinds.into_iter().enumerate() {
-            loop {
-                let unused = self.unused();
-                if [unused.1, unused.0][index] >= needed {
-                    break;
-                }
-                let held = self.held(pick);
-                let idle = |&index: &usize| {
-                    pick(&self.prefixes.tiles[index].tile).is_some_and(|piece| !held.contains(&piece))
-                };
-                let candidates = (0..self.prefixes.tiles.len()).filter(idle);
-                let first = candidates.min_by_key(|&index| self.prefixes.tiles[index].rank);
-                let before = self.prefixes.tiles.len();
-                self.prefixes.evict(first.expect("what was available"));
-                self.note("published tiles given up", before - self.prefixes.tiles.len());
-            }
+        while self.unused().1 < slots {
+            self.evict_first(|tile| tile.slot);
         }
+        while self.unused().0 < pages {
+            self.evict_first(|tile| tile.page);
+        }
+    }
+
+    fn evict_first(&mut self, pick: fn(&Tile) -> Option<Piece>) {
+        let held = self.held(pick);
+        let idle = |&index: &usize| {
+            pick(&self.prefixes.tiles[index].tile).is_some_and(|piece| !held.contains(&piece))
+        };
+        let candidates = (0..self.prefixes.tiles.len()).filter(idle);
+        let first = candidates.min_by_key(|&index| self.prefixes.tiles[index].rank);
+        let before = self.prefixes.tiles.len();
+        self.prefixes.evict(first.expect("what was available"));
+        self.note("published tiles given up", before - self.prefixes.tiles.len());
     }
 }
