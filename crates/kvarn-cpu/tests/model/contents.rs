@@ -21,13 +21,13 @@ impl World {
         touched.sort_unstable();
         touched.dedup();
         if random.u8(..SWEEP) == 0 {
-            for sequence in &self.sequences {
+            for sequence in self.resident() {
                 self.check_sequence(sequence.id, 0..sequence.stored.length(), random);
             }
             return;
         }
         for id in touched {
-            let Some(sequence) = self.sequences.iter().find(|sequence| sequence.id == id) else { continue };
+            let Some(sequence) = self.resident().find(|sequence| sequence.id == id) else { continue };
             let length = sequence.stored.length();
             // The newest tokens, where most operations write, and any others.
             self.check_sequence(id, length.saturating_sub(self.rule.group + 8)..length, random);

@@ -14,6 +14,7 @@ mod contents;
 mod floats;
 mod open_step;
 mod operations;
+mod prefix;
 mod quiet;
 mod report;
 mod rule;

@@ -6,7 +6,7 @@ use kvarn::pool::PoolError;
 use kvarn::tables::{Lack, SealSource, SequenceId, TableError};
 use kvarn_cpu::{Error, Step};
 
-use crate::sequence::Stored;
+use crate::sequence::{Growth, State, Stored};
 use crate::values::Rows;
 use crate::world::World;
 
@@ -81,6 +81,8 @@ impl World {
             Err(error) => panic!("{error}"),
         };
         assert!(lacking.is_empty(), "a step was planned that does not fit: {lacking:?}");
+        let total = |needed: fn(&Growth) -> usize| growths.iter().map(needed).sum();
+        self.make_room(total(|growth| growth.new_pages), total(|growth| growth.new_slots));
 
         let rows: Vec<Rows> = self
             .setup
@@ -96,13 +98,16 @@ impl World {
         let mut first_row = 0;
         for (request, growth) in requests.iter().zip(growths) {
             let sequence = &mut self.sequences[request.sequence];
-            sequence.open = true;
+            sequence.state = State::Open;
             let mut after = sequence.stored.clone();
             after.tokens.extend_from_slice(&new[first_row..first_row + request.count]);
             for tile in growth.seals {
                 let tokens = tile * self.rule.group..(tile + 1) * self.rule.group;
                 let decoded = self.codec.seal(&after.tokens[tokens.clone()], &mut met);
                 let sinks = if tile == 0 { self.rule.sinks } else { 0 };
+                if sinks > 0 {
+                    after.sink_tile = after.tokens[tokens.clone()].to_vec();
+                }
                 after.tokens[tokens][sinks..].clone_from_slice(&decoded[sinks..]);
             }
             after.tiles = growth.tiles;
@@ -155,7 +160,7 @@ impl World {
         for member in open.members {
             let sequence = self.sequence_mut(member.id);
             sequence.stored = member.after;
-            sequence.open = false;
+            sequence.state = State::Idle;
             self.touched.push(member.id);
         }
     }
@@ -167,7 +172,7 @@ impl World {
         }
         drop(open.step);
         for member in open.members {
-            self.sequence_mut(member.id).open = false;
+            self.sequence_mut(member.id).state = State::Idle;
             self.touched.push(member.id);
         }
     }

@@ -2,7 +2,8 @@
 
 use std::rc::Rc;
 
-use kvarn::tables::SequenceId;
+use kvarn::pool::PoolError;
+use kvarn::tables::{SequenceId, TableError};
 
 use crate::rule::Rule;
 
@@ -38,8 +39,21 @@ pub(crate) struct Stored {
     pub(crate) tokens: Vec<Token>,
     pub(crate) committed: usize,
     pub(crate) tiles: Vec<Tile>,
+    /// What was appended to tile 0, where it is sealed and keeps its slot.
+    pub(crate) sink_tile: Vec<Token>,
     /// The largest hold of any step that led here.
     pub(crate) largest_hold: usize,
+}
+
+/// What may be done with a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Everything.
+    Idle,
+    /// It is in an open step.
+    Open,
+    /// It is offloaded: its tiles are named, but hold nothing of the pool.
+    Away,
 }
 
 /// A sequence of the pool, and what the pool must hold of it.
@@ -47,8 +61,24 @@ pub(crate) struct Stored {
 pub(crate) struct Sequence {
     pub(crate) id: SequenceId,
     pub(crate) stored: Stored,
-    /// Whether it is in an open step.
-    pub(crate) open: bool,
+    pub(crate) state: State,
+}
+
+impl Sequence {
+    /// Holds a refusal against the state of the sequence, which must forbid the call; returns a word for the report.
+    pub(crate) fn check_refusal(&self, error: &PoolError) -> &'static str {
+        match (self.state, error) {
+            (State::Open, PoolError::Table(TableError::SequenceInStep { sequence, .. })) => {
+                assert_eq!(*sequence, self.id);
+                "refused: in a step"
+            }
+            (State::Away, PoolError::Table(TableError::OffloadedSequence { sequence })) => {
+                assert_eq!(*sequence, self.id);
+                "refused: offloaded"
+            }
+            (state, error) => panic!("{error}, for a sequence that is {state:?}"),
+        }
+    }
 }
 
 /// What a step makes of a sequence, but for its tokens.
@@ -64,6 +94,22 @@ pub(crate) struct Growth {
 impl Stored {
     pub(crate) fn length(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// The same in other pages and slots.
+    pub(crate) fn moved(&self, names: &mut Names) -> Self {
+        let mut moved = self.clone();
+        for tile in &mut moved.tiles {
+            tile.page = tile.page.map(|_| names.next());
+            tile.slot = tile.slot.map(|_| names.next());
+        }
+        moved
+    }
+
+    /// Pages and slots that it has.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        let count = |pick: fn(&Tile) -> Option<Piece>| self.tiles.iter().filter_map(pick).count();
+        (count(|tile| tile.page), count(|tile| tile.slot))
     }
 
     /// One past the last tile that has a page.

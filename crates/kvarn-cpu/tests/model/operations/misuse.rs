@@ -8,6 +8,7 @@ use kvarn_cpu::Error;
 
 use super::Outcome;
 use crate::floats::Floats;
+use crate::sequence::State;
 use crate::world::World;
 
 pub(super) fn run(world: &mut World, random: &mut Rng) -> Outcome {
@@ -40,9 +41,20 @@ fn handle(world: &World, id: SequenceId, expected: &TableError) {
     assert_eq!(core.view(id).unwrap_err(), expected);
     assert_eq!(core.free(id).unwrap_err(), expected);
     assert_eq!(core.fork(id).unwrap_err(), expected);
-    assert_eq!(core.truncate(id, 0).unwrap_err(), expected);
+    assert_eq!(pool_error(world.pool.truncate(id, 0)), expected);
+    assert_eq!(pool_error(world.pool.save(id)), expected);
+    assert_eq!(pool_error(world.pool.offload(id)), expected);
+    assert_eq!(pool_error(world.pool.restore(id)), expected);
     assert_eq!(core.reorder(&[id], &[0]).unwrap_err(), expected);
     assert_eq!(core.step(&[id], &[1], &[0]).unwrap_err(), expected);
+}
+
+/// The refusal of a call that must not succeed.
+fn pool_error<T: std::fmt::Debug>(result: Result<T, Error>) -> PoolError {
+    match result.unwrap_err() {
+        Error::Pool(error) => error,
+        error => panic!("{error}"),
+    }
 }
 
 fn batch(world: &World, random: &mut Rng) -> Outcome {
@@ -66,11 +78,9 @@ fn batch(world: &World, random: &mut Rng) -> Outcome {
     assert_eq!(core.reorder(&[id], &[0, 0]).unwrap_err(), PoolError::Table(error));
     let error = TableError::OrderIndex { index: 0, from: 1, sequences: 1 };
     assert_eq!(core.reorder(&[id], &[1]).unwrap_err(), PoolError::Table(error));
-    if let Some(busy) = world.sequences.iter().find(|sequence| sequence.open) {
-        let error = refused(core.step(&[id, busy.id], &[1, 1], &[0, 0]));
-        assert!(matches!(error, TableError::SequenceInStep { sequence, .. } if sequence == busy.id));
-        let error = core.reorder(&[id, busy.id], &[1, 0]).unwrap_err();
-        assert!(matches!(error, PoolError::Table(TableError::SequenceInStep { .. })));
+    for busy in world.sequences.iter().filter(|sequence| sequence.state != State::Idle) {
+        busy.check_refusal(&PoolError::Table(refused(core.step(&[id, busy.id], &[1, 1], &[0, 0]))));
+        busy.check_refusal(&core.reorder(&[id, busy.id], &[1, 0]).unwrap_err());
     }
     Some("")
 }
@@ -78,9 +88,16 @@ fn batch(world: &World, random: &mut Rng) -> Outcome {
 fn arguments(world: &World, random: &mut Rng) -> Outcome {
     let sequence = &world.sequences[world.any_sequence(random)?];
     let (id, length) = (sequence.id, sequence.stored.length());
-    if !sequence.open {
+    if sequence.state == State::Idle {
         let error = TableError::TruncateBeyondLength { sequence: id, keep: length + 1, length };
-        assert_eq!(world.pool.core().truncate(id, length + 1).unwrap_err(), PoolError::Table(error));
+        assert_eq!(pool_error(world.pool.truncate(id, length + 1)), PoolError::Table(error));
+    }
+    if sequence.state == State::Away {
+        let mut nothing = Floats::zeros([0, 1, 16]);
+        let mut also_nothing = Floats::zeros(nothing.shape);
+        let expand = world.pool.expand(id, 0, 0, true, &nothing.tensor_mut(), &also_nothing.tensor_mut());
+        sequence.check_refusal(&pool_error(expand));
+        return Some("");
     }
     let at = &world.codec.layers[0];
     let expand = |layer: usize, shape: [usize; 3], first: usize| {

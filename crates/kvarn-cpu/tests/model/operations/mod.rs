@@ -4,11 +4,18 @@ mod close;
 mod create;
 mod fork;
 mod free;
+mod load;
 mod misuse;
 mod misuse_step;
+mod offload;
+mod publish;
 mod reorder;
+mod restore;
+mod save;
+mod start;
 mod step;
 mod truncate;
+mod unpublish;
 
 use fastrand::Rng;
 
@@ -26,16 +33,23 @@ pub(crate) struct Operation {
     pub(crate) run: fn(&mut World, &mut Rng) -> Outcome,
 }
 
-const OPERATIONS: [Operation; 9] = [
-    Operation { name: "step", weight: 60, run: step::run },
-    Operation { name: "close", weight: 8, run: close::run },
-    Operation { name: "create", weight: 6, run: create::run },
-    Operation { name: "fork", weight: 8, run: fork::run },
-    Operation { name: "reorder", weight: 3, run: reorder::run },
-    Operation { name: "truncate", weight: 8, run: truncate::run },
-    Operation { name: "free", weight: 6, run: free::run },
-    Operation { name: "misuse", weight: 2, run: misuse::run },
-    Operation { name: "misuse of a step", weight: 1, run: misuse_step::run },
+const OPERATIONS: [Operation; 16] = [
+    Operation { name: "step", weight: 240, run: step::run },
+    Operation { name: "close", weight: 32, run: close::run },
+    Operation { name: "create", weight: 24, run: create::run },
+    Operation { name: "fork", weight: 32, run: fork::run },
+    Operation { name: "reorder", weight: 12, run: reorder::run },
+    Operation { name: "truncate", weight: 32, run: truncate::run },
+    Operation { name: "save", weight: 12, run: save::run },
+    Operation { name: "load", weight: 12, run: load::run },
+    Operation { name: "offload", weight: 12, run: offload::run },
+    Operation { name: "restore", weight: 16, run: restore::run },
+    Operation { name: "publish", weight: 24, run: publish::run },
+    Operation { name: "start", weight: 20, run: start::run },
+    Operation { name: "unpublish", weight: 1, run: unpublish::run },
+    Operation { name: "free", weight: 24, run: free::run },
+    Operation { name: "misuse", weight: 8, run: misuse::run },
+    Operation { name: "misuse of a step", weight: 4, run: misuse_step::run },
 ];
 
 /// A random operation.
