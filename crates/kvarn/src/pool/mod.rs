@@ -9,6 +9,7 @@ mod image;
 mod images;
 mod layout;
 mod prefix;
+mod references;
 mod saved;
 mod step;
 

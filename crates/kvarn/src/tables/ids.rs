@@ -121,7 +121,7 @@ impl Ids {
         }
     }
 
-    #[cfg(test)]
+    /// References held; 0 for a free id.
     pub(super) fn references(&self, id: usize) -> u32 {
         self.references.get(id).copied().unwrap_or(0)
     }
