@@ -16,8 +16,8 @@ import time
 import kvarn
 import numpy as np
 import torch
-from check_saved import check_saved
 from check_prefixes import check_prefixes
+from check_saved import check_saved
 from kvarn.reference import contract
 
 DEVICE = "cuda"
