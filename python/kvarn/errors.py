@@ -46,7 +46,7 @@ class CapacityError(KvarnError, RuntimeError):
 
 
 class StateError(KvarnError, RuntimeError):
-    """A call in the wrong state: a freed or foreign sequence, a finished step, a cut into a sealed tile."""
+    """A call in the wrong state: a freed or foreign sequence, a finished step."""
 
 
 class CudaError(KvarnError, RuntimeError):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty
-from kvarn._device import cuda_index, default_like
+from kvarn._device import cuda_index, current_stream, default_like
 from kvarn._kvarn import Config, Memory, Sequence, StaticArrays, Stats
 from kvarn._layers import LayerShape, layer_shapes, slot_dtype
 from kvarn._saved import load, offload, restore, save
@@ -220,11 +220,27 @@ class Pool:
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Keeps the first `length` tokens. Those that were held and are kept are committed by the next step.
 
+        A cut between two tiles, or into one that is still in a slot, is exact. So is one into the first tile
+        where there are sinks: its slot has all of it. Any other lies in a sealed tile: what is kept of it is
+        decoded into a free slot, rounded to `dtype`, and goes on from there; when the tile is full it is
+        sealed again. Such tiles are counted in ``stats().unsealed``. Forks keep what they have.
+
+        On CUDA the decoding goes to torch's current stream, which must not be captured into a graph.
+
+        Args:
+            sequence: The sequence.
+            length: Tokens to keep, 0 to its length.
+
         Raises:
-            StateError: `length` lies in a sealed tile (the text names the boundary); or as in `free`.
-            ShapeError: `length` is beyond the sequence.
+            CapacityError: The cut lies in a sealed tile and no slot is free; nothing is changed then.
+            ShapeError: `length` is negative, or beyond the sequence.
+            StateError: As in `free`.
+            CudaError: CUDA failed, or the stream is being captured; nothing is changed then.
         """
-        self._pool.truncate(sequence, length)
+        if isinstance(self._pool, _kvarn.Pool):
+            self._pool.truncate(sequence, length)
+        else:
+            self._pool.truncate(sequence, length, current_stream(self._cuda or 0))
 
     def save(self, sequence: Sequence, file: str | os.PathLike[str] | BinaryIO) -> None:
         """Saves a sequence: its records, its slots and its lengths, with checksums; layout: docs/format.md.

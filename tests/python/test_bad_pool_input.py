@@ -382,16 +382,37 @@ def test_a_layer_is_appended_to_once_and_every_layer_before_finish(pool, filled)
     ("length", "error", "text"),
     [
         (201, ShapeError, "201 tokens of sequence 0: expected at most its length, 200"),
-        (191, StateError, "191 tokens of sequence 0: expected at least 192, its sealed boundary"),
-        (0, StateError, "0 tokens of sequence 0: expected at least 192"),
+        (10**18, ShapeError, "1000000000000000000 tokens of sequence 0: expected at most its length, 200"),
         (-1, ShapeError, "length -1: expected 0 or more"),
     ],
 )
 def test_truncations_are_refused(pool, filled, length, error, text):
     with unchanged(pool, *filled), refused(error, text):
         pool.truncate(filled[0], length)
-    pool.truncate(filled[0], 192)
-    assert filled[0].length == 192
+    pool.truncate(filled[0], 191)
+    assert filled[0].length == 191
+
+
+def test_truncations_in_an_open_step_decode_nothing(pool, filled):
+    step = pool.step([filled[0]], [1])
+    with unchanged(pool, *filled), refused(StateError, "sequence 0, which is in open step"):
+        pool.truncate(filled[0], 100)
+    step.abandon()
+    pool.truncate(filled[0], 100)
+    assert pool.stats().unsealed == 1
+
+
+def test_a_truncation_into_a_record_needs_a_free_slot():
+    cfg = CFG.replace(sink_tokens=0)
+    pool = Pool(cfg, layers=1, kv_heads=1, pages=8, slots=1)
+    sequence, k = pool.create(), zeros(150, 1, 32)
+    with pool.step([sequence], [150]) as step:
+        step.append(0, k, k)
+    text = "100 tokens of sequence 0: expected a free slot for tile 1, which is sealed, with 0 of 1 free"
+    with unchanged(pool, sequence), refused(CapacityError, text):
+        pool.truncate(sequence, 100)
+    pool.truncate(sequence, 64)
+    assert pool.stats().unsealed == 0
 
 
 @pytest.mark.parametrize("layer", [-1, 2, 10**6])

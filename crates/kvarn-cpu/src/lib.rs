@@ -16,6 +16,7 @@ mod step;
 mod tensor;
 mod threads;
 mod tiles;
+mod truncate;
 
 pub use error::Error;
 pub use features::cpu_features;

@@ -57,6 +57,19 @@ impl TileBuffer {
         }
     }
 
+    /// Copies one token, of the tile that was read, to `row` `[head_dim]`.
+    pub(crate) fn row(&self, want: Want, token: usize, row: &mut [f32]) {
+        match want {
+            Want::Values => row.copy_from_slice(&self.values[token * row.len()..][..row.len()]),
+            Want::Keys => {
+                let group = self.values.len() / row.len();
+                for (channel, value) in row.iter_mut().enumerate() {
+                    *value = self.values[channel * group + token];
+                }
+            }
+        }
+    }
+
     fn read_slot(
         &mut self,
         pool: &Pool,
@@ -125,13 +138,7 @@ pub(crate) fn expand_head(
             buffer.read(pool, layer, head, tile, want);
             for span in tile {
                 for index in 0..span.count {
-                    let token = span.offset + index;
-                    for (channel, value) in row.iter_mut().enumerate() {
-                        *value = match want {
-                            Want::Keys => buffer.values[channel * group + token],
-                            Want::Values => buffer.values[token * head_dim + channel],
-                        };
-                    }
+                    buffer.row(want, span.offset + index, &mut row);
                     if !rotated {
                         layer.rotation.apply(&mut row);
                     }

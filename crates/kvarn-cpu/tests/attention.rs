@@ -168,7 +168,7 @@ fn ragged_steps_agree_with_float64() {
             let logits = (index >= 3).then_some(sinks.as_slice());
             checked_step(&pool, &ids, &counts, &hold, 3, &options, logits, (100 * index + 10 * step) as u64);
         }
-        pool.core().truncate(ids[0], pool.core().view(ids[0]).unwrap().length - 2).unwrap();
+        pool.truncate(ids[0], pool.core().view(ids[0]).unwrap().length - 2).unwrap();
         checked_step(&pool, &ids, &[1, 1, 1], &[0, 0, 0], 3, &options, None, 7);
     }
 }

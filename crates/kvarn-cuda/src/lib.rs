@@ -29,6 +29,7 @@ mod staging;
 mod step;
 mod stream;
 mod tensor;
+mod truncate;
 mod upload;
 mod version;
 mod workspace;

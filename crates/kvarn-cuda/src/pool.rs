@@ -346,6 +346,11 @@ impl Pool {
             pages = pages.max(most(&view.block_table));
             slots = slots.max(most(&view.slot_table));
         }
+        self.provide_first(pages, slots)
+    }
+
+    /// Provides memory for the first `pages` pages and `slots` slots.
+    pub(crate) fn provide_first(&self, pages: usize, slots: usize) -> Result<(), Error> {
         let mut provided = self.provided.lock().unwrap_or_else(PoisonError::into_inner);
         if pages <= provided.0 && slots <= provided.1 {
             return Ok(());

@@ -117,9 +117,17 @@ impl CudaPool {
         pool_core::free(py, self.0.core(), sequence)
     }
 
-    /// Keeps the first `length` tokens.
-    fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
-        pool_core::truncate(py, self.0.core(), sequence, length)
+    /// Keeps the first `length` tokens; a record that is cut is decoded on `stream`.
+    fn truncate(
+        &self,
+        py: Python<'_>,
+        sequence: &Bound<'_, Sequence>,
+        length: i64,
+        stream: usize,
+    ) -> PyResult<()> {
+        let id = sequence.get().id;
+        let length = natural(py, Class::Shape, "length", length)?;
+        detached(py, || self.0.truncate(id, length, Stream::from_address(stream)))
     }
 
     /// A sequence as it is saved: header and image. Waits for the copy, which comes after what `stream` was given.

@@ -93,7 +93,9 @@ impl Pool {
 
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
-        pool_core::truncate(py, self.0.core(), sequence, length)
+        let id = sequence.get().id;
+        let length = natural(py, Class::Shape, "length", length)?;
+        detached(py, || self.0.truncate(id, length))
     }
 
     /// A sequence as it is saved: header and image.
@@ -275,6 +277,8 @@ pub(crate) struct Stats {
     tokens: usize,
     /// Steps planned and neither finished nor abandoned.
     open_steps: usize,
+    /// Tiles of which a truncation kept a part as its record decodes, in 16 bit, since the pool was made.
+    unsealed: u64,
     /// Published tiles that new sequences started with, since the pool was made.
     prefix_hits: u64,
     /// Tiles that new sequences asked for, and which were not published, since the pool was made.
@@ -299,7 +303,8 @@ pub(crate) struct Stats {
 
 impl From<kvarn::pool::Stats> for Stats {
     fn from(stats: kvarn::pool::Stats) -> Self {
-        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps, prefixes } = stats.tables;
+        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps, unsealed, prefixes } =
+            stats.tables;
         Self {
             pages: pages.total,
             pages_used: pages.used,
@@ -314,6 +319,7 @@ impl From<kvarn::pool::Stats> for Stats {
             sequences,
             tokens,
             open_steps,
+            unsealed,
             prefix_hits: prefixes.hits,
             prefix_misses: prefixes.misses,
             prefix_duplicates: prefixes.duplicates,
@@ -332,7 +338,7 @@ impl From<kvarn::pool::Stats> for Stats {
 impl Stats {
     fn __repr__(&self) -> String {
         format!(
-            "Stats(pages={}, pages_used={}, pages_free={}, pages_published={}, pages_cached={}, slots={}, slots_used={}, slots_free={}, slots_published={}, slots_cached={}, sequences={}, tokens={}, open_steps={}, prefix_hits={}, prefix_misses={}, prefix_duplicates={}, prefix_evictions={}, page_bytes={}, slot_bytes={}, offloaded_sequences={}, offloaded_bytes={}, non_finite={}, saturated={})",
+            "Stats(pages={}, pages_used={}, pages_free={}, pages_published={}, pages_cached={}, slots={}, slots_used={}, slots_free={}, slots_published={}, slots_cached={}, sequences={}, tokens={}, open_steps={}, unsealed={}, prefix_hits={}, prefix_misses={}, prefix_duplicates={}, prefix_evictions={}, page_bytes={}, slot_bytes={}, offloaded_sequences={}, offloaded_bytes={}, non_finite={}, saturated={})",
             self.pages,
             self.pages_used,
             self.pages_free,
@@ -346,6 +352,7 @@ impl Stats {
             self.sequences,
             self.tokens,
             self.open_steps,
+            self.unsealed,
             self.prefix_hits,
             self.prefix_misses,
             self.prefix_duplicates,

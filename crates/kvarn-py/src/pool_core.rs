@@ -39,18 +39,6 @@ pub(crate) fn free(py: Python<'_>, core: &PoolCore, sequence: &Bound<'_, Sequenc
     detached(py, || core.free(id))
 }
 
-/// Keeps the first `length` tokens.
-pub(crate) fn truncate(
-    py: Python<'_>,
-    core: &PoolCore,
-    sequence: &Bound<'_, Sequence>,
-    length: i64,
-) -> PyResult<()> {
-    let id = sequence.get().id;
-    let length = natural(py, Class::Shape, "length", length)?;
-    detached(py, || core.truncate(id, length))
-}
-
 /// A batch as a step takes it: ids, counts, hold.
 pub(crate) type Batch = (Vec<SequenceId>, Vec<usize>, Vec<usize>);
 

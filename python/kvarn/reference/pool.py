@@ -3,18 +3,22 @@
 It keeps no pages and no slots, only the values that attention reads: per layer and sequence one float32 array
 of K and one of V, in the rotated frame. A token enters it rounded to the slot type; when its tile is sealed,
 it is overwritten by what the record decodes to. Everything else (paging, capacity, sharing) is how a real
-pool does this in less memory.
+pool does this in less memory; only the slot of a first tile with some sinks is kept, as a truncation goes on
+from it.
 
 Moments. Tile i covers positions [i·G, (i+1)·G) of its sequence. It is sealed by the step after which the
 committed length is at least (i+1)·G + R, inside `append`, so that the attention of the same step reads the
 record. Positions below S keep their slot values for good: at S = G tile 0 is never sealed, at 0 < S < G it is
 encoded whole and read from S on.
+
+A truncation keeps of the tile it cuts what attention reads of it, rounded to the slot type: the tile is no
+record any more, and is sealed again when it is full. A first tile with sinks goes on from its slot instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -35,11 +39,13 @@ class Layer:
         k: rotated K as attention reads it, float32 [length, kv_heads, D].
         v: V, like k.
         records: record of each sealed tile, uint8 [kv_heads, record_bytes] by tile number.
+        sink: slot values of K and V of the whole first tile, once it is a record and 0 < S; else None.
     """
 
     k: Float32
     v: Float32
     records: dict[int, Bytes] = field(default_factory=dict)
+    sink: tuple[Float32, Float32] | None = None
 
 
 @dataclass(eq=False)
@@ -72,6 +78,7 @@ class Pool:
 
     Attributes:
         counts: non-finite and saturated elements of all finished steps.
+        unsealed: tiles of which a truncation kept a part as their record decodes.
     """
 
     def __init__(self, cfg: Settings, layers: int, kv_heads: int, dtype: SlotType = "float16") -> None:
@@ -80,6 +87,7 @@ class Pool:
         self.kv_heads = kv_heads
         self.dtype: SlotType = dtype
         self.counts = Counts()
+        self.unsealed = 0
 
     def create(self) -> Sequence:
         """A new, empty sequence."""
@@ -113,20 +121,35 @@ class Pool:
         return Step(self, sequences, counts, holds)
 
     def truncate(self, sequence: Sequence, n: int) -> None:
-        """Keep the first n tokens; exact, as it only touches slots. Held tokens that stay remain held.
+        """Keep the first n tokens. Held tokens that stay remain held.
 
         Raises:
-            ValueError: n beyond the length, or inside or before a sealed tile.
+            ValueError: n below 0 or beyond the length.
         """
         _check_live(sequence)
-        boundary = sequence.sealed.stop * self.cfg.group if sequence.sealed else 0
-        if not boundary <= n <= sequence.length:
-            raise ValueError(
-                f"truncate to {n}: expected {boundary} (sealed up to there) to {sequence.length} (length)"
-            )
-        sequence.layers = [Layer(one.k[:n], one.v[:n], one.records) for one in sequence.layers]
+        if not 0 <= n <= sequence.length:
+            raise ValueError(f"truncate to {n}: expected 0 to {sequence.length} (length)")
+        whole = n // self.cfg.group
+        cut = whole in sequence.sealed and n % self.cfg.group > 0
+        self.unsealed += cut and (whole > 0 or self.cfg.sink_tokens == 0)
+        sequence.layers = [self._truncated(layer, n, cut) for layer in sequence.layers]
+        start, stop = sequence.sealed.start, sequence.sealed.stop
+        sequence.sealed = range(start, max(start, min(stop, whole)))
         sequence.length = n
         sequence.committed = min(sequence.committed, n)
+
+    def _truncated(self, layer: Layer, n: int, cut: bool) -> Layer:
+        """The first n tokens of a layer; `cut`: the last tile kept is a record now, and is kept in part."""
+        k, v, first = layer.k[:n], layer.v[:n], n // self.cfg.group * self.cfg.group
+        if cut and first == 0 and layer.sink is not None:
+            k, v = (values[:n] for values in layer.sink)
+        elif cut:
+            k, v = (
+                np.concatenate((one[:first], to_slot(one[first:], self.dtype, True, Counts())))
+                for one in (k, v)
+            )
+        records = {tile: record for tile, record in layer.records.items() if tile * self.cfg.group < first}
+        return Layer(k, v, records, layer.sink if first > 0 else None)
 
     def free(self, sequence: Sequence) -> None:
         """Give the sequence back; it must not be used again."""
@@ -296,7 +319,7 @@ class Step:
     def _seal(self, stored: Layer, sealed: range) -> Layer:
         """Replace the tiles that become records; `stored` holds their slot values, and is not changed."""
         cfg = self._pool.cfg
-        k, v, records = stored.k.copy(), stored.v.copy(), dict(stored.records)
+        k, v, records, sink = stored.k.copy(), stored.v.copy(), dict(stored.records), stored.sink
         for tile in sealed:
             if tile in records:
                 continue
@@ -305,9 +328,11 @@ class Step:
             records[tile] = encode_slots(*heads_first, cfg, self._changes)
             decoded_k, decoded_v = decode(records[tile], cfg, rotated=True)
             read_from = max(start, min(cfg.sink_tokens, stop))
+            if start < read_from:
+                sink = (k[start:stop].copy(), v[start:stop].copy())
             k[read_from:stop] = decoded_k.transpose(1, 0, 2)[read_from - start :]
             v[read_from:stop] = decoded_v.transpose(1, 0, 2)[read_from - start :]
-        return Layer(k, v, records)
+        return Layer(k, v, records, sink)
 
     def _spans(self) -> list[slice]:
         ends = np.cumsum(self._counts, dtype=np.int64).tolist()
@@ -325,7 +350,7 @@ class Step:
 
 
 def _extended(stored: Layer, k: Float32, v: Float32) -> Layer:
-    return Layer(np.concatenate((stored.k, k)), np.concatenate((stored.v, v)), stored.records)
+    return replace(stored, k=np.concatenate((stored.k, k)), v=np.concatenate((stored.v, v)))
 
 
 def _check_live(sequence: Sequence) -> None:

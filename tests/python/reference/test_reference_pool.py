@@ -240,23 +240,45 @@ def test_the_next_step_commits_what_was_held(config, rng):
     assert (sequence.committed, list(sequence.sealed)) == (G, [0])
 
 
+@pytest.mark.parametrize("slot_type", ["float16", "float32"])
 @pytest.mark.parametrize("sinks", [0, 16, G])
-def test_truncate_stops_at_the_sealed_tiles(sinks, config, rng):
-    pool = Pool(config(sink_tokens=sinks), LAYERS, KV_HEADS)
-    sequence = pool.create()
+def test_truncate_keeps_what_attention_read_or_the_slot_of_the_sinks(sinks, slot_type, config, rng):
+    cfg = config(sink_tokens=sinks)
     k, v = tokens(rng, 2 * G + 9)
-    feed(pool, sequence, k, v, [G - 1])
-    pool.truncate(sequence, 3)
-    feed(pool, sequence, k[:, 3:], v[:, 3:], [2 * G + 6])
-    with pytest.raises(
-        ValueError, match=rf"truncate to {2 * G - 1}: expected {2 * G} \(sealed up to there\) to {2 * G + 9}"
-    ):
-        pool.truncate(sequence, 2 * G - 1)
-    with pytest.raises(ValueError, match="truncate to 999"):
-        pool.truncate(sequence, 999)
-    assert sequence.length == 2 * G + 9
-    pool.truncate(sequence, 2 * G)
-    assert pool.expand(sequence, 1)[0].shape == (2 * G, KV_HEADS, D)
+    for n in (2 * G + 9, 2 * G + 1, 2 * G, 2 * G - 1, G + 1, G, G - 1, sinks + 1, 1, 0):
+        pool = Pool(cfg, LAYERS, KV_HEADS, slot_type)
+        sequence = pool.create()
+        feed(pool, sequence, k, v, [2 * G + 9])
+        stored = pool.expand(sequence, 1, rotated=True)
+        pool.truncate(sequence, n)
+        cut = n % G > 0 and n < 2 * G
+        raw = n < G and sinks > 0
+        assert pool.unsealed == int(cut and not raw)
+        assert (sequence.length, sequence.committed) == (n, n)
+        assert list(sequence.sealed) == [
+            tile for tile in range(2) if (tile + 1) * G <= n and (tile or sinks < G)
+        ]
+        for got, old, new in zip(pool.expand(sequence, 1, rotated=True), stored, (k[1], v[1]), strict=True):
+            expected = old[:n].copy()
+            if raw:
+                expected = to_slot(new[:n], slot_type, False, Counts())
+            elif cut and slot_type == "float16":
+                first = n // G * G
+                expected[first:] = expected[first:].astype(np.float16)
+            np.testing.assert_array_equal(got, expected)
+        feed(pool, sequence, k[:, n:], v[:, n:], [2 * G + 9 - n])
+        assert list(sequence.sealed) == [tile for tile in range(2) if tile or sinks < G]
+
+
+def test_truncate_refuses_lengths_that_the_sequence_never_had(config, rng):
+    pool = Pool(config(), LAYERS, KV_HEADS)
+    sequence = pool.create()
+    k, v = tokens(rng, 9)
+    feed(pool, sequence, k, v, [9])
+    for n in (-1, 10):
+        with pytest.raises(ValueError, match=rf"truncate to {n}: expected 0 to 9 \(length\)"):
+            pool.truncate(sequence, n)
+    assert sequence.length == 9
 
 
 def test_a_sealed_tile_stays_sealed_when_the_recent_window_is_cut(config, rng):

@@ -25,6 +25,7 @@ class FakeQuantLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self.sealed = [0] * key_states.shape[0]
+            self.sinks = [None] * key_states.shape[0]
         past, new = self.keys.shape[2], key_states.shape[2]
         keys, values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         raw_first = new > FUSED_TOKENS or not any(past > pad for pad in self._padding())
@@ -47,6 +48,8 @@ class FakeQuantLayer(DynamicLayer):
                 if first >= (tile + 1) * group:
                     continue
                 at = slice(pad + tile * group, pad + (tile + 1) * group)
+                if tile * group < codec.sink_tokens:
+                    self.sinks[row] = keys[row, :, at].clone(), values[row, :, at].clone()
                 decoded = kvarn.decode(
                     kvarn.encode(keys[row, :, at].contiguous(), values[row, :, at].contiguous(), codec), codec
                 )
@@ -55,17 +58,36 @@ class FakeQuantLayer(DynamicLayer):
                     states[row, :, read] = torch.as_tensor(tensor)[:, first - tile * group :].to(states.dtype)
         return keys, values
 
+    def crop(self, tokens_to_remove):
+        """Keep what was read of a tile that is cut, but of a first tile with sinks what came in."""
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        super().crop(tokens_to_remove)
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        for row, pad in enumerate(self._padding()):
+            kept = max(self.keys.shape[2] - pad, 0)
+            tiles = kept // self.codec.group
+            if tiles == 0 and self.sinks[row] is not None:
+                for states, raw in zip((self.keys, self.values), self.sinks[row], strict=True):
+                    states[row, :, pad : pad + kept] = raw[:, :kept]
+                self.sinks[row] = None
+            self.sealed[row] = min(self.sealed[row], tiles)
+
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self.sealed = [self.sealed[row] for row in beam_idx.tolist()]
+        self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats):
         super().batch_repeat_interleave(repeats)
-        self.sealed = [sealed for sealed in self.sealed for _ in range(repeats)]
+        self._select([row for row in range(len(self.sealed)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
-        self.sealed = [self.sealed[row] for row in indices.tolist()]
+        self._select(indices.tolist())
+
+    def _select(self, rows):
+        self.sealed = [self.sealed[row] for row in rows]
+        self.sinks = [self.sinks[row] for row in rows]
 
 
 class FakeQuantCache(Cache):

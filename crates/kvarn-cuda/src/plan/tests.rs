@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use kvarn::tables::{Place, SequenceId, Span, Tables};
+use kvarn::tables::{Place, SequenceId, Span, Tables, Unseal};
 use proptest::prelude::*;
 
 use super::*;
@@ -24,7 +24,7 @@ fn rules() -> impl Strategy<Value = SealRule> {
 fn batches() -> impl Strategy<Value = Vec<Batch>> {
     let count = prop_oneof![4 => 0..40_usize, 2 => 0..700_usize, 1 => 0..150_000_usize];
     let hold = prop_oneof![2 => Just(0), 1 => 0..9_usize];
-    let drop = prop_oneof![2 => Just(0), 1 => 0..12_usize];
+    let drop = prop_oneof![2 => Just(0), 1 => 0..12_usize, 1 => 0..500_usize];
     prop::collection::vec(prop::collection::vec((count, hold, drop), 3), 1..8)
 }
 
@@ -48,30 +48,38 @@ fn with_few_blocks(key: AttendKey, plan: &StepPlan) -> AttendKey {
     AttendKey { query_tokens: key.query_tokens.max(plan.tokens / 32), ..key }
 }
 
-/// Runs the steps; `check` sees each plan while it is open, and with the first step after it the fork: before every third
-/// step the last sequence is replaced by a fork of the first, (that one, its fork).
-fn run(
-    rule: SealRule,
-    batches: &[Batch],
-    mut check: impl FnMut(&StepPlan, Option<(SequenceId, SequenceId)>),
-) {
+/// What happened between two steps.
+#[derive(Default)]
+struct Between {
+    /// Records that truncations decoded.
+    unseals: Vec<Unseal>,
+    /// A sequence, and its fork.
+    forked: Option<(SequenceId, SequenceId)>,
+}
+
+/// Runs the steps; `check` sees each plan while it is open, and what came before it. After each step the sequences are
+/// truncated; before every third the last one is replaced by a fork of the first.
+fn run(rule: SealRule, batches: &[Batch], mut check: impl FnMut(&StepPlan, &Between)) {
     let mut tables = Tables::new(rule, 300_000, 300_000).unwrap();
     let mut ids: Vec<SequenceId> = (0..3).map(|_| tables.create()).collect();
+    let mut between = Between::default();
     for (index, batch) in batches.iter().enumerate() {
-        let forked = (index % 3 == 2).then(|| {
+        if index % 3 == 2 {
             tables.free(ids[2]).unwrap();
             ids[2] = tables.fork(ids[0]).unwrap();
-            (ids[0], ids[2])
-        });
+            between.forked = Some((ids[0], ids[2]));
+        }
         let counts: Vec<usize> = batch.iter().map(|&(count, ..)| count).collect();
         let hold: Vec<usize> = batch.iter().map(|&(count, hold, _)| hold.min(count)).collect();
         let plan = tables.plan_step(&ids, &counts, &hold).unwrap();
-        check(&plan, forked);
+        check(&plan, &between);
         tables.finish(plan.id).unwrap();
+        between = Between::default();
         for (&id, &(.., drop)) in ids.iter().zip(batch) {
             let length = tables.view(id).unwrap().length;
-            // Refused below what is sealed, which changes nothing.
-            let _ = tables.truncate(id, length.saturating_sub(drop));
+            let truncation = tables.plan_truncation(id, length.saturating_sub(drop)).unwrap();
+            between.unseals.extend(truncation.unseal());
+            truncation.commit();
         }
     }
 }
@@ -209,9 +217,14 @@ struct Memory {
 }
 
 impl Memory {
-    fn append(&mut self, plan: &StepPlan, forked: Option<(SequenceId, SequenceId)>) {
+    fn append(&mut self, plan: &StepPlan, between: &Between) {
         let group = self.rule.group();
-        if let Some((parent, fork)) = forked {
+        for &Unseal { page, slot, tokens, .. } in &between.unseals {
+            let mut values = self.pages[&page][..tokens].to_vec();
+            values.resize(group, u64::MAX);
+            self.slots.insert(slot, values);
+        }
+        if let Some((parent, fork)) = between.forked {
             let tokens = self.tokens.get(&parent).cloned().unwrap_or_default();
             self.tokens.insert(fork, tokens);
         }
@@ -291,7 +304,7 @@ proptest! {
             slots: HashMap::new(),
             pages: HashMap::new(),
         };
-        run(rule, &batches, |plan, forked| memory.append(plan, forked));
+        run(rule, &batches, |plan, between| memory.append(plan, between));
     }
 }
 

@@ -214,6 +214,31 @@ fn long_chunks_are_left_out() {
 }
 
 #[test]
+fn a_cut_into_a_record_is_decoded_into_a_slot() {
+    run_with_kernels("truncations", "record_cut", &[]);
+}
+
+#[test]
+fn other_cuts_launch_nothing() {
+    run_with_kernels("truncations", "other_cuts", &[]);
+}
+
+#[test]
+fn a_cut_takes_the_slot_of_an_offloaded_sequence() {
+    run_with_kernels("truncations", "cut_behind_an_offload", &[]);
+}
+
+#[test]
+fn a_truncation_that_fails_changes_nothing() {
+    run_with_kernels("truncations", "failing_cuts", &[]);
+}
+
+#[test]
+fn a_launch_that_fails_in_the_middle_of_a_truncation_changes_no_sequence() {
+    run_with_kernels("truncations", "lost_in_a_cut", &[]);
+}
+
+#[test]
 fn static_arrays_are_used_by_one_step_at_a_time() {
     run_with_kernels("captures", "static_arrays_refused", &[]);
 }

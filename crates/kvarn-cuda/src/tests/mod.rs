@@ -6,6 +6,7 @@ mod double;
 mod images;
 mod on_device;
 mod steps;
+mod truncations;
 
 use crate::image::{Image, Images};
 use crate::{Architecture, Version};

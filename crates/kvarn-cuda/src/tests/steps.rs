@@ -22,6 +22,7 @@ pub(super) const LAYERS: usize = 2;
 pub(super) const KV_HEADS: usize = 2;
 /// Places in `double::kernels`.
 pub(super) const APPEND: u64 = 1;
+pub(super) const EXPAND: u64 = 2;
 pub(super) const ATTEND: u64 = 3;
 
 pub(super) fn made(pages: usize, slots: usize, options: PoolOptions) -> Result<Arc<Pool>, Error> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::fingerprint::fingerprint;
 use super::{Offloaded, OpenStep, PoolError, PoolLayout};
 use crate::codec::EncodeCounts;
-use crate::tables::{self, SequenceId, SequenceView, StepId, Tables};
+use crate::tables::{self, SequenceId, SequenceView, StepId, Tables, Unseal};
 
 /// How full a pool is, and what its encoders met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,9 +69,21 @@ impl PoolCore {
         Ok(self.tables().free(sequence)?)
     }
 
-    /// Keeps the first `keep` tokens; see [`Tables::truncate`].
-    pub fn truncate(&self, sequence: SequenceId, keep: usize) -> Result<(), PoolError> {
-        Ok(self.tables().truncate(sequence, keep)?)
+    /// Keeps the first `keep` tokens; see [`Tables::plan_truncation`]. Where the cut lies in a record, `unseal` decodes it
+    /// first, from what the view says is stored; nobody changes a sequence meanwhile. If it fails, nothing has changed.
+    pub fn truncate<E: From<PoolError>>(
+        &self,
+        sequence: SequenceId,
+        keep: usize,
+        unseal: impl FnOnce(&SequenceView, Unseal) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut tables = self.tables();
+        let truncation = tables.plan_truncation(sequence, keep).map_err(PoolError::from)?;
+        if let Some(tile) = truncation.unseal() {
+            unseal(truncation.before(), tile)?;
+        }
+        truncation.commit();
+        Ok(())
     }
 
     /// What is stored of a sequence.

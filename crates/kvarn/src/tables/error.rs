@@ -206,16 +206,20 @@ pub enum TableError {
         /// Tokens stored.
         length: usize,
     },
-    /// Truncation into a sealed tile.
+    /// Truncation into a sealed tile while no slot is free.
     #[error(
-        "{keep} tokens of {sequence}: expected at least {boundary}, its sealed boundary; keep more, or hold back tokens that may be rejected"
+        "{keep} tokens of {sequence}: expected a free slot for tile {tile}, which is sealed, with 0 of {slots} free; free a sequence, keep {boundary} tokens, or make the pool larger"
     )]
-    TruncateBelowSealed {
+    TruncateWithoutSlot {
         /// The sequence.
         sequence: SequenceId,
         /// Tokens to keep.
         keep: usize,
-        /// First position after the sealed tiles.
+        /// The tile that the cut falls into.
+        tile: usize,
+        /// Slots of the pool.
+        slots: usize,
+        /// First position of the tile.
         boundary: usize,
     },
     /// An order for another number of sequences.
@@ -318,9 +322,10 @@ impl TableError {
             | Self::ResidentSequence { .. }
             | Self::ForeignStep { .. }
             | Self::ClosedStep { .. }
-            | Self::PublishedTile { .. }
-            | Self::TruncateBelowSealed { .. } => TableErrorKind::State,
-            Self::Capacity { .. } | Self::ImageCapacity { .. } => TableErrorKind::Capacity,
+            | Self::PublishedTile { .. } => TableErrorKind::State,
+            Self::Capacity { .. } | Self::ImageCapacity { .. } | Self::TruncateWithoutSlot { .. } => {
+                TableErrorKind::Capacity
+            }
         }
     }
 }

@@ -36,6 +36,11 @@ impl Ids {
         self.total - self.used()
     }
 
+    /// The id that [`Ids::allocate`] takes next. The caller has checked [`Ids::unused`].
+    pub(super) fn lowest_free(&self) -> usize {
+        self.free.first().copied().unwrap_or(self.references.len())
+    }
+
     /// Ids that are free, or can be made so by giving up what is published.
     pub(super) fn available(&self) -> usize {
         self.unused() + self.cached()
@@ -133,7 +138,10 @@ mod tests {
         ids.release(1);
         ids.release(0);
         assert_eq!((ids.used(), ids.unused()), (1, 3));
-        assert_eq!([ids.allocate(), ids.allocate(), ids.allocate()], [0, 1, 3]);
+        for expected in [0, 1, 3] {
+            assert_eq!(ids.lowest_free(), expected);
+            assert_eq!(ids.allocate(), expected);
+        }
         assert_eq!((ids.used(), ids.unused()), (4, 0));
     }
 

@@ -179,7 +179,7 @@ mod tests {
         let error = TableError::OffloadedSequence { sequence: id };
         assert_eq!(tables.plan_step(&[id], &[1], &[0]).unwrap_err(), error);
         assert_eq!(tables.fork(id).unwrap_err(), error);
-        assert_eq!(tables.truncate(id, 28).unwrap_err(), error);
+        assert_eq!(tables.plan_truncation(id, 28).unwrap_err(), error);
         assert_eq!(tables.reorder(&[id], &[0]).unwrap_err(), error);
         assert_eq!(tables.offload(id, image()).unwrap_err(), error);
         assert_eq!(tables.hold(id).unwrap_err(), error);

@@ -12,6 +12,7 @@
 //!   copied by the first step that would write to it.
 //! - A **sequence** owns a block table (page of each tile) and a slot table (slot of each tile), -1
 //!   where there is none. Tables are handed out as shared snapshots that never change.
+//! - A **truncation** may cut into a sealed tile, which then goes on in a slot: [`Tables::plan_truncation`] says what to decode.
 //! - A **step** is one forward pass of a batch: [`Tables::plan_step`] reserves all it needs or
 //!   changes nothing, [`Tables::finish`] makes it the state of its sequences, [`Tables::abandon`]
 //!   takes it back.
@@ -39,6 +40,7 @@ mod stats;
 mod step;
 #[cfg(test)]
 mod tests;
+mod truncate;
 mod view;
 
 pub use batch::BatchView;
@@ -52,4 +54,5 @@ pub use references::References;
 pub use rule::{MAX_TOKENS, SealRule};
 pub use stats::{Stats, Usage};
 pub use step::{Seal, SealSource, SequencePlan, SlotCopy, SlotWrite, StepPlan};
+pub use truncate::{Truncation, Unseal};
 pub use view::{Place, SequenceView, Span};

@@ -25,6 +25,8 @@ pub struct Tables {
     pub(super) open_steps: BTreeMap<u64, Arc<StepPlan>>,
     pub(super) next_sequence: u64,
     pub(super) next_step: u64,
+    /// Records decoded by truncations.
+    pub(super) unsealed: u64,
     pub(super) prefixes: Prefixes,
 }
 
@@ -55,6 +57,7 @@ impl Tables {
             open_steps: BTreeMap::new(),
             next_sequence: 0,
             next_step: 0,
+            unsealed: 0,
             prefixes: Prefixes::default(),
         })
     }
@@ -75,35 +78,6 @@ impl Tables {
     /// What is stored of the sequence. While it is in an open step this is what was stored before.
     pub fn view(&self, id: SequenceId) -> Result<&SequenceView, TableError> {
         self.sequence(id).map(|sequence| &sequence.view)
-    }
-
-    /// Keeps the first `keep` tokens of a sequence and drops the rest, exactly: only tokens in
-    /// slots can be dropped.
-    ///
-    /// The kept tokens that were committed stay so: `committed = min(committed, keep)`. Slots
-    /// without a kept token are released; a tile kept in part keeps its slot, and the next step
-    /// writes over what was dropped. With `sink_tokens = group`, tile 0 can be cut while no later
-    /// tile is sealed. Refused below the sealed boundary, beyond the length, and in an open step.
-    pub fn truncate(&mut self, id: SequenceId, keep: usize) -> Result<(), TableError> {
-        let view = &self.idle(id)?.view;
-        if keep > view.length {
-            return Err(TableError::TruncateBeyondLength { sequence: id, keep, length: view.length });
-        }
-        let boundary = view.sealed * self.rule.group();
-        if keep < boundary {
-            return Err(TableError::TruncateBelowSealed { sequence: id, keep, boundary });
-        }
-
-        let tiles = self.rule.tiles(keep);
-        let mut after = view.clone();
-        after.length = keep;
-        after.committed = view.committed.min(keep);
-        if tiles < view.slot_table.len() {
-            Arc::make_mut(&mut after.block_table).truncate(tiles);
-            Arc::make_mut(&mut after.slot_table).truncate(tiles);
-        }
-        self.replace_view(id, after);
-        Ok(())
     }
 
     /// A new sequence that holds what `id` holds, held tokens included, in the same pages and slots. Refused in an open
@@ -175,6 +149,7 @@ impl Tables {
             sequences: self.sequences.len(),
             tokens: self.sequences.values().map(|sequence| sequence.view.length).sum(),
             open_steps: self.open_steps.len(),
+            unsealed: self.unsealed,
             prefixes: self.prefixes.counts(),
         }
     }
@@ -259,7 +234,7 @@ mod tests {
         let error = TableError::FreedSequence { sequence: old };
         assert_eq!(tables.view(old).unwrap_err(), error);
         assert_eq!(tables.free(old).unwrap_err(), error);
-        assert_eq!(tables.truncate(old, 0).unwrap_err(), error);
+        assert_eq!(tables.plan_truncation(old, 0).unwrap_err(), error);
         assert_eq!(tables.plan_step(&[old], &[1], &[0]).unwrap_err(), error);
         assert_eq!(tables.view(new).unwrap().length, 0);
     }
@@ -271,69 +246,8 @@ mod tests {
         let error = TableError::ForeignSequence { sequence: id };
         assert_eq!(theirs.view(id).unwrap_err(), error);
         assert_eq!(theirs.free(id).unwrap_err(), error);
-        assert_eq!(theirs.truncate(id, 0).unwrap_err(), error);
+        assert_eq!(theirs.plan_truncation(id, 0).unwrap_err(), error);
         assert_eq!(theirs.plan_step(&[id], &[1], &[0]).unwrap_err(), error);
-    }
-
-    #[test]
-    fn truncation_releases_whole_slots_and_keeps_the_cut_one() {
-        let mut tables = Tables::new(SealRule::new(GROUP, 0, 4 * GROUP).unwrap(), 8, 8).unwrap();
-        let id = tables.create();
-        append(&mut tables, id, 3 * GROUP + 1);
-        let snapshot = tables.view(id).unwrap().clone();
-        for (keep, slots) in [(25, 4), (24, 3), (17, 3), (16, 2), (1, 1), (0, 0)] {
-            tables.truncate(id, keep).unwrap();
-            let view = tables.view(id).unwrap();
-            assert_eq!((view.length, view.committed, view.slot_table.len()), (keep, keep, slots));
-            assert_eq!(tables.stats().slots.used, slots);
-        }
-        assert_eq!(*snapshot.slot_table, [0, 1, 2, 3], "a snapshot never changes");
-    }
-
-    #[test]
-    fn truncation_keeps_what_was_committed() {
-        let mut tables = tables(0);
-        let id = tables.create();
-        let plan = tables.plan_step(&[id], &[7], &[3]).unwrap();
-        tables.finish(plan.id).unwrap();
-        for (keep, committed) in [(6, 4), (4, 4), (3, 3)] {
-            tables.truncate(id, keep).unwrap();
-            assert_eq!(tables.view(id).unwrap().committed, committed);
-        }
-    }
-
-    #[test]
-    fn truncation_below_the_sealed_boundary_or_beyond_the_length_changes_nothing() {
-        for sink_tokens in [0, 3, GROUP] {
-            let mut tables = tables(sink_tokens);
-            let id = tables.create();
-            append(&mut tables, id, 2 * GROUP + 3);
-            let before = tables.view(id).unwrap().clone();
-            assert_eq!(
-                tables.truncate(id, 15).unwrap_err().to_string(),
-                "15 tokens of sequence 0: expected at least 16, its sealed boundary; \
-                 keep more, or hold back tokens that may be rejected"
-            );
-            assert_eq!(
-                tables.truncate(id, 20).unwrap_err().to_string(),
-                "20 tokens of sequence 0: expected at most its length, 19; append tokens with a step"
-            );
-            assert!(tables.truncate(id, usize::MAX).is_err());
-            assert_eq!(tables.view(id).unwrap(), &before);
-            tables.truncate(id, 16).unwrap();
-            assert_eq!(tables.view(id).unwrap().sealed, 2);
-        }
-    }
-
-    #[test]
-    fn a_whole_sink_tile_can_be_cut_while_no_later_tile_is_sealed() {
-        let mut tables = tables(GROUP);
-        let id = tables.create();
-        append(&mut tables, id, 2 * GROUP - 1);
-        tables.truncate(id, 3).unwrap();
-        append(&mut tables, id, 2);
-        let view = tables.view(id).unwrap();
-        assert_eq!((view.length, &*view.slot_table), (5, &vec![0]));
     }
 
     #[test]
@@ -350,6 +264,7 @@ mod tests {
                 sequences: 2,
                 tokens: 24,
                 open_steps: 1,
+                unsealed: 0,
                 prefixes: PrefixCounts::default(),
             }
         );

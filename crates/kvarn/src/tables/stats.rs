@@ -30,6 +30,9 @@ pub struct Stats {
     pub tokens: usize,
     /// Steps planned and neither finished nor abandoned.
     pub open_steps: usize,
+    /// Tiles whose record a truncation decoded into a slot, since the tables were made: each was kept in part, as values that
+    /// are no longer those that were appended.
+    pub unsealed: u64,
     /// What became of published tiles and of requests for them.
     pub prefixes: PrefixCounts,
 }

@@ -30,14 +30,14 @@ class KVarNCache(Cache):
     of its tiles) unless `padding` is given.
 
     A step keeps its newest tokens uncommitted: they are sealed into records only after the next step, so
-    `crop` can take them back exactly. If a forward pass breaks off, the KVarN layers are as they were
-    before it.
+    `crop` can take them back exactly; further back it cuts into records. If a forward pass breaks off, the
+    KVarN layers are as they were before it.
 
     Args:
         config: the model's config (``model.config``).
         preset: ``kvarn_k{bits}v{bits}_g{group}``, see `kvarn.presets`.
         hold: how many of the newest tokens of a step stay uncommitted; None: all, up to a group. 0 commits
-            at once.
+            at once: rejected drafts may then have been part of a record, which is decoded to drop them.
         padding: left padding of each row in columns, for attention functions other than ``"kvarn"``.
         max_tokens: columns that a row can hold, padding included; None: ``config.max_position_embeddings``.
         max_rows: rows that the cache and its copies can hold together; None: 16, or four times those of the
@@ -116,14 +116,16 @@ class KVarNCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest columns of every row.
 
-        Exact for columns that are not sealed: at least the `hold` newest of the last step.
+        Exact for columns that are not sealed, at least the `hold` newest of the last step, and for the first
+        tile where there are sinks. A cut into another record decodes what is kept of that tile, in 16 bit; it
+        is sealed again when it is full. See `kvarn.Pool.truncate`.
 
         Args:
-            tokens_to_remove: 0 or the negative number of columns.
+            tokens_to_remove: 0 or the negative number of columns; all columns if it is more.
 
         Raises:
             ShapeError: the number is positive.
-            UnsupportedError: it reaches into a record; nothing is changed.
+            CapacityError: there is no memory for a tile that is decoded; nothing is changed.
         """
         # Some versions of transformers count the rejected drafts in a tensor.
         tokens_to_remove = int(tokens_to_remove)
@@ -132,11 +134,9 @@ class KVarNCache(Cache):
                 f"crop({tokens_to_remove}): expected 0, or the number of tokens to remove as a negative "
                 "number"
             )
-        self._rows.lengths_after_crop(-tokens_to_remove)
-        for layer in self._others():
-            layer.crop(tokens_to_remove)
-        if tokens_to_remove:
-            self._rows.crop(-tokens_to_remove)
+        with self._rows.crop(-tokens_to_remove):
+            for layer in self._others():
+                layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row beam_idx[i] was; a row may come several times.

@@ -27,12 +27,12 @@ class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_sliding = False
     is_compileable = False
+    is_croppable = True
 
     def __init__(self, rows: Rows, index: int, reads_handles: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rows = rows
         self.index = index
-        self.is_croppable = rows.settings.hold != 0
         self._reads_handles = reads_handles
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvarn import CapacityError, Config, KvarnError, LayerShape, Pool, Sequence, ShapeError
-from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.forward import ForwardPass
 
 
@@ -75,7 +75,6 @@ class Rows:
         self.config: Config | None = None
         self.sequences: list[Sequence] = []
         self.padding = self.settings.padding
-        self.sealed: list[int] = []
         self.columns = 0
         self.stored: Tensor | None = None
 
@@ -118,7 +117,6 @@ class Rows:
             device=str(device),
         )
         self._hold_on([self.pool.create() for _ in range(batch)])
-        self.sealed = [0] * batch
 
     def _hold_on(self, sequences: list[Sequence]) -> None:
         """Make these the rows' sequences; they are freed when nobody has the rows any more."""
@@ -145,7 +143,6 @@ class Rows:
             made.pool, made.config, made.hold, made.room = self.pool, self.config, self.hold, self.room
             made._shapes = self._shapes
             made._hold_on([self.pool.fork(sequence) for sequence in self.sequences])
-            made.sealed = list(self.sealed)
             made.stored = None if self.stored is None else self.stored.clone()
         return made
 
@@ -187,11 +184,6 @@ class Rows:
             columns: columns that it added.
             kept: [batch, columns], those of them that are stored; None: all.
         """
-        config = self.config
-        assert config is not None
-        for row, sequence in enumerate(self.sequences):
-            tiles = max(sequence.committed - config.recent_tokens, 0) // config.group
-            self.sealed[row] = max(self.sealed[row], tiles * config.group)
         if kept is not None or self.stored is not None:
             batch = len(self.sequences)
             before = torch.ones(batch, self.columns, dtype=torch.bool) if self.stored is None else self.stored
@@ -200,47 +192,33 @@ class Rows:
         self.columns += columns
         self.forward = None
 
-    def lengths_after_crop(self, remove: int) -> list[int]:
-        """Return the tokens that each row keeps without its last `remove` columns, or raise if one cannot."""
+    @contextlib.contextmanager
+    def crop(self, remove: int) -> Iterator[None]:
+        """Remove the last `remove` columns of every row when the block is through; nothing if it raises.
+
+        Raises:
+            CapacityError: a record cannot be decoded for lack of room; nothing is changed.
+        """
         self.abandon()
-        columns = max(self.columns - remove, 0)
-        if self.stored is None:
-            lengths = [columns] * len(self.sequences)
-        else:
-            lengths = self.stored[:, :columns].sum(dim=1).tolist()
-        for row, length in enumerate(lengths):
-            sealed = self._first_exact(row)
-            if 0 < length < sealed:
-                raise UnsupportedError(
-                    f"crop(-{remove}) leaves row {row} with {length} tokens: expected at least {sealed}, "
-                    "which are sealed into records; crop less, or make the KVarNCache with a larger hold or "
-                    "recent_tokens"
-                )
-        return lengths
-
-    def _first_exact(self, row: int) -> int:
-        """Return the fewest tokens that a row can be cut to without decoding a record."""
-        config = self.config
-        assert config is not None
-        # With a whole tile of sinks the first tile stays in its slot.
-        whole = config.sink_tokens == config.group and self.sealed[row] == config.group
-        return 0 if whole else self.sealed[row]
-
-    def crop(self, remove: int) -> None:
-        """Remove the last `remove` columns of every row."""
-        lengths = self.lengths_after_crop(remove)
-        if self.pool is None:
+        if self.pool is None or remove == 0:
+            yield
             return
-        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
-            if length == 0:
-                self.sequences[row] = self.pool.create()
-                self.pool.free(sequence)
-                self.sealed[row] = 0
-            elif length < sequence.length:
-                self.pool.truncate(sequence, length)
-        self.columns = max(self.columns - remove, 0)
-        if self.stored is not None:
-            self.stored = self.stored[:, : self.columns]
+        columns = max(self.columns - remove, 0)
+        stored = None if self.stored is None else self.stored[:, :columns]
+        lengths = [columns] * len(self.sequences) if stored is None else stored.sum(dim=1).tolist()
+        cut: list[Sequence] = []
+        try:
+            # Of forks: the rows are as they were until all of them are cut.
+            for sequence, length in zip(self.sequences, lengths, strict=True):
+                cut.append(self.pool.fork(sequence))
+                self.pool.truncate(cut[-1], length)
+            yield
+        except BaseException:
+            _free(self.pool, cut)
+            raise
+        _free(self.pool, self.sequences)
+        self._hold_on(cut)
+        self.columns, self.stored = columns, stored
 
     def select(self, indices: Tensor) -> None:
         """Make row i what row indices[i] was, and free the rows that no index names.
@@ -265,7 +243,6 @@ class Rows:
         for row in set(range(batch)) - taken:
             self.pool.free(self.sequences[row])
         self._hold_on(sequences)
-        self.sealed = [self.sealed[row] for row in order]
         if self.padding is not None:
             self.padding = tuple(self.padding[row] for row in order)
         if self.stored is not None:

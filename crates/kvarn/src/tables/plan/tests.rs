@@ -78,7 +78,7 @@ fn held_tokens_are_sealed_by_the_step_that_commits_them() {
     assert_eq!((plan.after.committed, plan.after.sealed, plan.seals.len()), (6, 0, 0));
     assert_eq!(plan.writes, [write(0, 0, 0, 8), write(1, 0, 8, 2)]);
 
-    tables.truncate(id, 9).unwrap();
+    tables.plan_truncation(id, 9).unwrap().commit();
     let plan = step(&mut tables, id, 0, 0);
     assert_eq!((plan.after.length, plan.after.committed), (9, 9));
     assert_eq!(plan.writes, []);
@@ -193,7 +193,7 @@ fn open_steps_lock_their_sequences_and_close_once() {
         "sequence 0, which is in open step 0: expected a sequence outside open steps; \
          finish or abandon the step first"
     );
-    assert!(tables.truncate(a, 0).is_err() && tables.free(a).is_err());
+    assert!(tables.plan_truncation(a, 0).is_err() && tables.free(a).is_err());
 
     let second = tables.plan_step(&[b], &[1], &[0]).unwrap();
     tables.abandon(first.id).unwrap();

@@ -285,7 +285,7 @@ fn a_sink_slot_is_given_up_with_all_that_lies_behind() {
 fn a_published_sink_slot_is_never_written_to() {
     let mut tables = tables(GROUP, 8, 3);
     let a = published(&mut tables, "a");
-    tables.truncate(a, 1).unwrap();
+    tables.plan_truncation(a, 1).unwrap().commit();
     let plan = tables.plan_step(&[a], &[3], &[0]).unwrap();
     let copy = plan.sequences[0].copy.unwrap();
     assert_eq!((copy.from, copy.to), (0, 1));

@@ -39,7 +39,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
             6 => Just(Some(true)), 2 => Just(Some(false)), 1 => Just(None)
         ]).prop_map(|(picks, close)| Op::Plan { picks, close }),
         2 => (pick.clone(), any::<bool>()).prop_map(|(pick, finish)| Op::Close { pick, finish }),
-        3 => (pick.clone(), 0..12_usize).prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
+        4 => (pick.clone(), prop_oneof![3 => 0..12_usize, 2 => 0..60_usize])
+            .prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
         3 => pick.clone().prop_map(|pick| Op::Free { pick }),
         3 => pick.clone().prop_map(|pick| Op::Fork { pick }),
         1 => prop::collection::vec((pick.clone(), pick.clone()), 0..4).prop_map(|picks| Op::Reorder { picks }),
@@ -64,13 +65,13 @@ fn rules() -> impl Strategy<Value = SealRule> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
 
     #[test]
     fn random_operations_agree_with_the_model(
         rule in rules(),
         pages in 0..40_usize,
-        slots in 0..40_usize,
+        slots in prop_oneof![0..40_usize, 1..6_usize],
         ops in ops(),
     ) {
         let mut world = World::new(rule, pages, slots);

@@ -4,13 +4,14 @@ use std::cmp::Reverse;
 
 use super::check::state;
 use super::model::{Model, Token};
-use super::world::World;
+use super::world::{LOSSY, World};
 use crate::tables::{PrefixKey, SequenceView, TableError};
 
 #[derive(Debug, Clone)]
 pub(super) struct PublishedTile {
     page: Option<usize>,
     pub(super) slot: Option<usize>,
+    /// What was encoded, and what the slot holds.
     values: Vec<u64>,
     used: u64,
 }
@@ -52,8 +53,8 @@ impl World {
         for tile in known..letters.len() {
             let (page, slot) = ids(&view, tile);
             let tokens = tile * self.rule.group()..(tile + 1) * self.rule.group();
-            let tile_published =
-                PublishedTile { page, slot, values: model.values()[tokens].to_vec(), used: 0 };
+            let values = model.tokens[tokens].iter().map(|token| token.value).collect();
+            let tile_published = PublishedTile { page, slot, values, used: 0 };
             self.published.insert(letters[..=tile].to_vec(), tile_published);
         }
         self.use_way(letters);
@@ -73,7 +74,8 @@ impl World {
             let values = &self.published[&letters[..=tile]].values;
             tokens.extend(values.iter().map(|&value| Token { value, sealed }));
         }
-        self.models.push(Model { id, committed: tokens.len(), tokens, largest_hold: 0, open: false });
+        let (sinks, committed) = (self.rule.sink_tokens(), tokens.len());
+        self.models.push(Model { id, sinks, committed, tokens, largest_hold: 0, open: false });
         self.use_way(&letters[..found]);
     }
 
@@ -144,19 +146,20 @@ impl World {
         }
         for (way, tile) in &self.published {
             assert_eq!(self.tables.match_prefix(&keys(way)), way.len(), "{way:?}");
-            for (id, references, memory) in
-                [(tile.page, &mut *pages, &self.pages), (tile.slot, &mut *slots, &self.slots)]
+            for (id, references, memory, mark) in
+                [(tile.page, &mut *pages, &self.pages, LOSSY), (tile.slot, &mut *slots, &self.slots, 0)]
             {
                 if let Some(id) = id {
                     references[id] += 1;
-                    assert_eq!(memory[id], tile.values, "{way:?}");
+                    let expected: Vec<u64> = tile.values.iter().map(|value| value | mark).collect();
+                    assert_eq!(memory[id], expected, "{way:?}");
                 }
             }
         }
     }
 
     /// Leading tiles that never change again.
-    fn whole_tiles(&self, model: &Model) -> usize {
+    pub(super) fn whole_tiles(&self, model: &Model) -> usize {
         let tiles = model.tokens.chunks(self.rule.group());
         let whole = |(tile, tokens): (usize, &[Token])| {
             tokens.iter().all(|token| token.sealed)

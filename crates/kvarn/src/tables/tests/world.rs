@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use super::Op;
 use super::check::{deep_copy, deep_copy_view, state};
-use super::model::{Model, Token, needs};
+use super::model::{Model, needs};
 use super::prefix::PublishedTile;
-use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables};
+use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables, Unseal};
 
 /// What a freed or fresh piece of memory holds: reading it is a failure.
 pub(super) const GARBAGE: u64 = u64::MAX;
+/// Set in a value that went through a record: what was read from one, even back in a slot, is not what was appended.
+pub(super) const LOSSY: u64 = 1 << 62;
 
 /// A step that is planned and appended, but not closed.
 pub(super) struct OpenStep {
@@ -56,6 +58,7 @@ impl World {
                 assert!(self.models.iter().all(|model| model.id != id));
                 self.models.push(Model {
                     id,
+                    sinks: self.rule.sink_tokens(),
                     tokens: Vec::new(),
                     committed: 0,
                     largest_hold: 0,
@@ -168,7 +171,7 @@ impl World {
                 self.slots[write.slot][write.offset..write.offset + write.count].copy_from_slice(rows);
             }
             for seal in &sequence.seals {
-                self.pages[seal.page] = match seal.source {
+                let tile = match seal.source {
                     SealSource::Slot(slot) => self.slots[slot].clone(),
                     SealSource::Rows(row) => values[row..row + self.rule.group()].to_vec(),
                     SealSource::SharedSlot { slot, stored, row } => {
@@ -176,12 +179,14 @@ impl World {
                         [&self.slots[slot][..stored], rows].concat()
                     }
                 };
+                assert!(!tile.contains(&GARBAGE), "a tile is sealed whole");
+                self.pages[seal.page] = tile.iter().map(|value| value | LOSSY).collect();
             }
         }
-        for (sequence, &(index, count, _)) in plan.sequences.iter().zip(batch) {
-            let mut expected = self.models[index].values();
-            expected.extend(&values[sequence.first_row..sequence.first_row + count]);
-            assert_eq!(self.read(&sequence.after), expected, "read after the append");
+        for (sequence, &(index, count, hold)) in plan.sequences.iter().zip(batch) {
+            let mut model = self.models[index].clone();
+            model.extend(&values[sequence.first_row..sequence.first_row + count], hold, &self.rule);
+            assert_eq!(self.read(&sequence.after), model.values(), "read after the append");
         }
         let copy = deep_copy(&plan);
         self.open.push(OpenStep { plan, copy, values });
@@ -201,9 +206,7 @@ impl World {
             model.open = false;
             if finish {
                 let rows = sequence.first_row..sequence.first_row + sequence.count;
-                model.tokens.extend(step.values[rows].iter().map(|&value| Token { value, sealed: false }));
-                model.committed = model.tokens.len() - sequence.hold;
-                model.seal(&rule);
+                model.extend(&step.values[rows], sequence.hold, &rule);
             }
             let expected = if finish { &sequence.after } else { &sequence.before };
             assert_eq!(self.tables.view(sequence.id).unwrap(), expected);
@@ -263,27 +266,46 @@ impl World {
         if self.models.is_empty() {
             return;
         }
-        let index = pick % self.models.len();
-        let model = &mut self.models[index];
-        let length = model.tokens.len();
-        let keep = length.saturating_sub(drop);
-        let boundary = model.tokens.iter().rposition(|token| token.sealed).map_or(0, |last| last + 1);
-        let before = state(&self.tables);
-        let snapshot = self.tables.view(model.id).unwrap().clone();
-        let copy = deep_copy_view(&snapshot);
-        let result = self.tables.truncate(model.id, keep);
+        let (index, group) = (pick % self.models.len(), self.rule.group());
+        let model = self.models[index].clone();
+        let keep = model.tokens.len().saturating_sub(drop);
+        let (before, unsealed) = (state(&self.tables), self.tables.stats().unsealed);
+        let cut = model.unsealed_by(keep, &self.rule);
         if model.open {
+            let result = self.tables.plan_truncation(model.id, keep);
             assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
-        } else if keep < boundary {
-            assert_eq!(result, Err(TableError::TruncateBelowSealed { sequence: model.id, keep, boundary }));
-        } else {
-            result.unwrap();
-            model.tokens.truncate(keep);
-            model.committed = model.committed.min(keep);
-            assert_eq!(snapshot, copy, "a snapshot never changes");
+            assert_eq!(state(&self.tables), before);
             return;
         }
-        assert_eq!(state(&self.tables), before);
+        if cut.is_some() && self.available().1 == 0 {
+            let error = self.tables.plan_truncation(model.id, keep).unwrap_err();
+            assert_eq!(error.kind(), TableErrorKind::Capacity);
+            assert!(matches!(error, TableError::TruncateWithoutSlot { .. }), "{error}");
+            assert_eq!((state(&self.tables), self.tables.stats().unsealed), (before, unsealed));
+            return;
+        }
+
+        let references = self.references().1;
+        self.make_room(0, usize::from(cut.is_some()));
+        let used = (keep / group < self.whole_tiles(&model)).then(|| self.last_published(index));
+        let snapshot = self.tables.view(model.id).unwrap().clone();
+        let copy = deep_copy_view(&snapshot);
+        let truncation = self.tables.plan_truncation(model.id, keep).unwrap();
+        assert_eq!(truncation.before(), &snapshot);
+        assert_eq!(truncation.unseal().map(|unseal| unseal.tile), cut);
+        if let Some(Unseal { tile, page, slot, tokens }) = truncation.unseal() {
+            assert_eq!((page as i32, tokens), (snapshot.block_table[tile], keep - tile * group));
+            assert_eq!(references[slot], 0, "slot {slot} is in use");
+            let record = &self.pages[page];
+            assert!(!record.contains(&GARBAGE), "page {page} holds nothing");
+            self.slots[slot].fill(GARBAGE);
+            self.slots[slot][..tokens].copy_from_slice(&record[..tokens]);
+        }
+        truncation.commit();
+        self.use_way(&used.unwrap_or_default());
+        self.models[index].truncate(keep, &self.rule);
+        assert_eq!(self.tables.stats().unsealed, unsealed + u64::from(cut.is_some()));
+        assert_eq!(snapshot, copy, "a snapshot never changes");
     }
 
     pub(super) fn free(&mut self, pick: usize) {
