@@ -54,7 +54,7 @@ MODELS = {
     ),
 }
 # Standard deviation of an assistant's weights around the model's, in standard deviations of those.
-NOISE = 0.3
+NOISE = 0.4
 
 
 def _draw(name, dtype):

@@ -6,7 +6,6 @@ import matrix
 import pytest
 import torch
 from fake_quant import FakeQuantCache
-from kvarn import KVarNCache
 from matrix_models import MODELS, model, reference_attention
 from tiny_models import TOLERANCE, run, tokens
 from transformers import DynamicCache
