@@ -1,19 +1,21 @@
 """The matrix of models and ways to generate: its cells, what one must show, and the table of all.
 
 A cell generates through a `KVarNCache`, and with a reference: the same model over a cache of dense tensors
-whose tiles pass through the codec at the same moments; at 8 bits, over transformers' unquantised cache.
+whose tiles pass through the codec at the same moments; at 8 bits, over transformers' unquantised cache. In
+float32 the same text must come of itself; where arms differ by more, one follows the other's text, and all of
+its logits are compared.
 """
 
 import itertools
-from dataclasses import astuple, dataclass
-from functools import cache, partial
+from dataclasses import astuple, dataclass, replace
+from functools import cache
 
 import torch
 from fake_quant import FakeQuantCache
 from kvarn import KVarNCache
 from kvarn.integrations.transformers import UnsupportedError
-from matrix_models import MODELS, assistant, model, reference_attention
-from matrix_modes import DRAFTING, MODES, Arm
+from matrix_models import MODELS, model, reference_attention
+from matrix_modes import DRAFTING, MODES, NEW, Arm
 from tiny_models import assert_same_generation
 from transformers import DynamicCache
 
@@ -23,7 +25,7 @@ PRESETS = ("kvarn_k4v4_g64", "kvarn_k8v8_g64")
 UNQUANTISED = "kvarn_k8v8_g64"
 DTYPES = {"cpu": ("float32", "float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 # Largest difference of logits, of their range.
-TOLERANCE = {"float32": 1e-3, "float16": 6e-3, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
 UNQUANTISED_TOLERANCE = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 3e-2}
 # What cannot be, and the error that says so.
 REFUSED = {
@@ -77,24 +79,29 @@ def pairs(cell):
     return set(itertools.combinations(enumerate(astuple(cell)), 2))
 
 
-def _arm(cell, device, attention, make):
-    made = model(cell.model, getattr(torch, cell.dtype), device)
+def _exact(cell):
+    """Whether both arms differ by so little that the same text comes of itself."""
+    return cell.dtype == "float32" and cell.preset != UNQUANTISED
+
+
+def _model(cell, device, attention):
+    made = model(cell.model, getattr(torch, cell.dtype), device, every_expert=not _exact(cell))
     made.set_attn_implementation(attention)
-    return Arm(made, partial(assistant, cell.model, made.dtype, device), make, cell.pads)
+    return made
 
 
 @cache
 def _reference(cell, device):
-    """What a cell, its attention set aside, is compared with."""
+    """What a cell, its attention set aside, is compared with, and what `crop` took back."""
+    made = _model(cell, device, reference_attention(cell.model))
 
     def make(padding):
         if cell.preset == UNQUANTISED:
             return Unquantised(config=made.config)
         return FakeQuantCache(made.config, cell.preset, padding=padding)
 
-    arm = _arm(cell, device, reference_attention(cell.model), make)
-    made = arm.model
-    return MODES[cell.mode](arm), arm
+    arm = Arm(made, make, cell.pads)
+    return MODES[cell.mode](arm), arm.removed
 
 
 class Unquantised(DynamicCache):
@@ -106,36 +113,36 @@ class Unquantised(DynamicCache):
 
 def check(cell, device="cpu"):
     """Generate as the cell says, on a device, and compare; raises AssertionError."""
-    alike = Cell(cell.model, cell.mode, "", cell.dtype, cell.pads, cell.preset)
-    caches = []
-
-    def make(padding):
-        # Only the attention function "kvarn" shows the mask to the cache.
-        told = None if cell.attention == "kvarn" else padding
-        caches.append(KVarNCache(arm.model.config, cell.preset, padding=told))
-        return caches[-1]
-
     with torch.no_grad():
-        expected, reference = _reference(alike, device)
-        arm = _arm(cell, device, cell.attention, make)
+        expected, removed = _reference(replace(cell, attention=""), device)
+        made, caches = _model(cell, device, cell.attention), []
+
+        def make(padding):
+            # Only the attention function "kvarn" shows the mask to the cache.
+            told = None if cell.attention == "kvarn" else padding
+            caches.append(KVarNCache(made.config, cell.preset, padding=told))
+            return caches[-1]
+
+        # Else two right texts part where two tokens are level, and the rest of them cannot be compared.
+        follow = None if _exact(cell) or cell.mode == "beams" else [one.tokens for one in expected]
+        arm = Arm(made, make, cell.pads, follow)
         found = MODES[cell.mode](arm)
     tolerance = (UNQUANTISED_TOLERANCE if cell.preset == UNQUANTISED else TOLERANCE)[cell.dtype]
     for ours, theirs in zip(found, expected, strict=True):
-        if hasattr(theirs, "scores"):
-            _assert_same_beams(ours, theirs, tolerance, exact=cell.dtype == "float32")
+        if cell.mode == "beams":
+            _assert_same_beams(ours, theirs, tolerance, exact=_exact(cell))
         else:
-            drawn = cell.mode == "sampling" and cell.dtype != "float32"
-            assert_same_generation(ours, theirs, tolerance, drawn=drawn)
+            assert_same_generation(ours, theirs, tolerance)
     assert all((cache.materializations == 0) == (cell.attention == "kvarn") for cache in caches)
     assert caches[0].pool.stats().pages_used > 0, "nothing was sealed"
     if cell.mode in DRAFTING:
-        for drafts in (arm.removed, reference.removed):
+        for drafts in (arm.removed, removed):
             assert any(drafts), "no draft was rejected"
-            assert 0 in drafts[:-1], "no draft was accepted"
+            assert len(drafts) < NEW, "no draft was accepted"
 
 
 def _assert_same_beams(ours, theirs, tolerance, *, exact):
-    """Scores are means of log probabilities; in half precision level beams may change places."""
+    """Scores are means of log probabilities; where they differ at all, level beams may change places."""
     error = (ours.scores - theirs.scores).abs().max().item()
     assert error <= 10 * tolerance, f"scores differ by {error:.2e}"
     assert not exact or torch.equal(ours.tokens, theirs.tokens)

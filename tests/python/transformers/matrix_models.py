@@ -1,5 +1,6 @@
 """Models of the matrix: small, random, of every kind of layer that caches differently."""
 
+import copy
 from functools import cache
 
 import torch
@@ -53,45 +54,50 @@ MODELS = {
         ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }
-# Standard deviation of an assistant's weights around the model's, in standard deviations of those.
-NOISE = 0.4
-
-
-def _draw(name, dtype):
-    *classes, changes = MODELS[name]
-    if dtype != torch.float32 and "num_experts_per_tok" in changes:
-        # Roundings decide between level experts: only where all take part do they stay roundings.
-        changes = changes | {"num_experts_per_tok": 4}
-    return tiny(*classes, head_dim=HEAD_DIM, initializer_range=0.08, **changes)
+# An assistant is wrong where the text's length is a multiple of this.
+WRONG = 4
 
 
 @cache
-def model(name, dtype, device):
-    """The model, in evaluation."""
-    made = _draw(name, dtype)
+def model(name, dtype, device, every_expert=False):
+    """The model, in evaluation.
+
+    Args:
+        name: of `MODELS`.
+        dtype: of its weights.
+        device: where it is.
+        every_expert: whether all experts take part. Else a rounding that decides between level experts is no
+            longer a rounding.
+    """
+    *classes, changes = MODELS[name]
+    if every_expert and "num_experts_per_tok" in changes:
+        changes = changes | {"num_experts_per_tok": 4}
+    made = tiny(*classes, head_dim=HEAD_DIM, initializer_range=0.08, **changes)
     generator = torch.Generator().manual_seed(11)
     for key, parameter in made.named_parameters():
         if key.endswith("sinks"):
             # Weights of sinks are drawn too small to be seen beside a hundred tokens.
             parameter.copy_(torch.randn(parameter.shape, generator=generator) + 3)
+    # The grouped products of a GPU take bfloat16 alone.
+    made.set_experts_implementation("eager")
     return made.to(device, dtype)
 
 
-@cache
-def assistant(name, dtype, device):
-    """A model that is often, not always, right about what `model` says next."""
-    made = model(name, dtype, device)
-    other = _draw(name, dtype)
-    generator = torch.Generator().manual_seed(12)
-    for theirs, ours in zip(other.parameters(), made.parameters(), strict=True):
-        noise = (
-            torch.randn(ours.shape, generator=generator) * ours.float().std().cpu() if ours.ndim > 1 else 0
-        )
-        theirs.copy_(ours.float().cpu() + NOISE * noise)
+def assistant_of(made):
+    """A copy of a model that is right about most tokens, and sometimes surely wrong."""
+    other = copy.deepcopy(made)
+    other.set_attn_implementation("eager")
     # As many drafts each time, however sure of them it is.
     drafting = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
     other.generation_config.update(**drafting, assistant_confidence_threshold=0.0)
-    return other.to(device, dtype)
+
+    def sometimes_wrong(module, args, kwargs, output):
+        if kwargs["past_key_values"].get_seq_length() % WRONG == 0:
+            output.logits = output.logits.roll(1, -1)
+        return output
+
+    other.register_forward_hook(sometimes_wrong, with_kwargs=True)
+    return other
 
 
 def reference_attention(name):

@@ -8,6 +8,7 @@ keeps nothing: what the model's own activations take is in both. A dense cache i
 import argparse
 import json
 import multiprocessing
+import os
 import pathlib
 import sys
 
@@ -19,6 +20,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 PRESET = "kvarn_k4v2_g128"
 NEW = 4
+# What is freed goes back to the system at once, so that residence is use.
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 
 
 class ForgetfulLayer(DynamicLayer):
@@ -116,13 +123,17 @@ class DeviceMemory:
 
 def measure(name, model, rows, tokens, chunk):
     """Peak bytes, and bytes of the pool's pages and slots at the end."""
-    # Whatever is loaded or started once is in place before.
-    generate(model, make_cache(name, model.config, tokens), rows, 2 * chunk + 40, chunk)
+    # Whatever is loaded or started once is in place before. The cache stays: a GPU's memory may be given back
+    # at any later time.
+    warm = make_cache(name, model.config, tokens)
+    generate(model, warm, rows, 2 * chunk + 40, chunk)
     cache = make_cache(name, model.config, tokens)
     memory = (DeviceMemory if model.device.type == "cuda" else ProcessMemory)()
     generate(model, cache, rows, tokens, chunk)
+    found = memory.peak()
+    del warm
     stats = cache.pool.stats() if name == "kvarn" else None
-    return {"peak": memory.peak(), "pool": stats and stats.page_bytes + stats.slot_bytes}
+    return {"peak": found, "pool": stats and stats.page_bytes + stats.slot_bytes}
 
 
 def figure(model, rows, tokens):
@@ -159,15 +170,19 @@ def measure_all(device, layers, rows, tokens, chunk):
             found[name] = measure(name, *arguments)
         print(name, found[name], file=sys.stderr, flush=True)
     config = model.config
-    raw = rows * chunk * config.num_key_value_heads * config.head_dim * 2 * 2
     return {
         "kvarn": found["kvarn"]["peak"] - found["nothing"]["peak"],
         "dense": found["dense"]["peak"] - found["nothing"]["peak"],
         "activations": found["nothing"]["peak"],
         "pool": found["kvarn"]["pool"],
         "capacity": figure(model, rows, tokens),
-        "raw chunk of a layer": raw,
+        "raw chunk of a layer": rows * chunk * config.num_key_value_heads * config.head_dim * 2 * 2,
     }
+
+
+def limit(found):
+    """The most that a KVarN cache may take, of what `measure_all` found."""
+    return 1.1 * found["capacity"] + found["raw chunk of a layer"]
 
 
 def main():
@@ -178,6 +193,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=256)
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and ALLOCATOR.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     torch.set_num_threads(1)
     print(json.dumps(measure_all(**vars(arguments))))
 
