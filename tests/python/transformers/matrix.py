@@ -26,7 +26,8 @@ UNQUANTISED = "kvarn_k8v8_g64"
 DTYPES = {"cpu": ("float32", "float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 # Largest difference of logits, of their range.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
-UNQUANTISED_TOLERANCE = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 3e-2}
+# Of 8 bits, in two layers.
+UNQUANTISED_TOLERANCE = {"float32": 2e-2, "float16": 2e-2, "bfloat16": 3e-2}
 # What cannot be, and the error that says so.
 REFUSED = {
     ("Qwen3-Next", "prompt look-up"): (ValueError, "not supported with stateful models"),
@@ -164,4 +165,6 @@ def table(counts):
 def _shown(name, mode, passed, run):
     if (name, mode) in REFUSED:
         return "refused"
+    if run == 0:
+        return ""
     return str(run) if passed == run else f"{passed} of {run}"

@@ -87,6 +87,9 @@ def assistant_of(made):
     """A copy of a model that is right about most tokens, and sometimes surely wrong."""
     other = copy.deepcopy(made)
     other.set_attn_implementation("eager")
+    if hasattr(other.config, "sliding_window"):
+        # Drafting step by step, transformers' sliding layers lose count up to 5.17.
+        other.config.sliding_window = 1024
     # As many drafts each time, however sure of them it is.
     drafting = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
     other.generation_config.update(**drafting, assistant_confidence_threshold=0.0)
