@@ -6,6 +6,7 @@
 // Threads: append_threads<D, G>; rows: vector_lanes<D> lanes × 8 channels per head vector.
 // Cost: rows move 4·D bytes per vector; for seals see seal.cuh.
 #pragma once
+#include "predecessor.cuh"
 #include "seal.cuh"
 
 namespace kvarn {
@@ -37,6 +38,8 @@ __device__ __forceinline__ void append_rows(const AppendParams& p, int block) {
 template <int D, int G>
 __device__ __forceinline__ void append(const AppendParams& p) {
   extern __shared__ __align__(16) char memory[];
+  let_successor_begin();
+  wait_for_predecessor();
   const int seal_blocks = 2 * p.seals_count * p.cache.kv_heads;
   if (block_index() >= seal_blocks) {
     append_rows<D, G>(p, block_index() - seal_blocks);

@@ -14,6 +14,7 @@
 #pragma once
 #include "combine.cuh"
 #include "fetch.cuh"
+#include "predecessor.cuh"
 #include "record_tile.cuh"
 #include "slot_tile.cuh"
 
@@ -215,6 +216,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   copy(&reader.work(0), mine, kShareWords);
   fetch_words_wait();
   __syncthreads();
+  wait_for_predecessor();
   if (reader.work(0).count == 0) return;
   describe_next(0);
   reader.issue_keys(reader.record(0, 0));
@@ -247,6 +249,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
       attend_slot<L, NT>(reader, i, query_unit, softmax, O);
       leave_results<L, NT, false>(reader, softmax, O);
     }
+    // Blocks that begin while this one reads records would gather on few multiprocessors.
+    if (work.count == 1) let_successor_begin();
     fetch_words_wait();
     __syncthreads();
 

@@ -24,8 +24,9 @@ __device__ __forceinline__ float through_half(float x) { return __half2float(rou
 
 // Two halves in one word, `x` in the low bits.
 __device__ __forceinline__ uint32_t round_halves(float x, float y) {
-  const __half2 pair = __floats2half2_rn(saturate_half(x), saturate_half(y));
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  uint32_t pair;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
 }
 
 __device__ __forceinline__ uint4 round_halves(const float (&x)[8], Counts& counts) {

@@ -37,6 +37,7 @@ from kvarn.errors import (
     TensorError,
 )
 from kvarn.pool import LayerShape, Pool, Sequence, StaticArrays, Stats
+from kvarn.prefix import prefix_keys
 from kvarn.step import Step
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ __all__ = [
     "encode",
     "from_published",
     "load_records",
+    "prefix_keys",
     "presets",
     "save_records",
     "to_published",

@@ -8,7 +8,6 @@ Arrays must not be written by another thread while a call runs.
 from __future__ import annotations
 
 import os
-import secrets
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from kvarn import _kvarn
 from kvarn._arrays import Array, torch_of, view
+from kvarn._files import write_whole
 from kvarn._kvarn import Config, presets
 
 if TYPE_CHECKING:
@@ -186,19 +186,7 @@ def save_records(path: str | os.PathLike[str], rec: NDArray[np.uint8] | torch.Te
     """
     header = _kvarn.records_header(cfg, rec)
     array: Any = rec.numpy() if torch_of(rec) else np.from_dlpack(rec)  # type: ignore[union-attr]
-    folder, name = os.path.split(os.fspath(path))
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.part")
-    file = open(temporary, "xb")  # noqa: SIM115  (closed before the rename)
-    try:
-        with file:
-            file.write(header)
-            file.write(memoryview(array).cast("B") if array.size else b"")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, [header, memoryview(array).cast("B") if array.size else b""])
 
 
 def load_records(path: str | os.PathLike[str]) -> tuple[NDArray[np.uint8], Config]:

@@ -11,15 +11,17 @@ meanwhile.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 from kvarn import _kvarn
 from kvarn._arrays import Array, empty
 from kvarn._device import cuda_index, default_like
 from kvarn._kvarn import Config, Memory, Sequence, StaticArrays, Stats
 from kvarn._layers import LayerShape, layer_shapes, slot_dtype
+from kvarn._saved import load, offload, restore, save
 from kvarn.errors import DeviceError, DTypeError
 from kvarn.step import Step, tokens_to_expand
 
@@ -104,9 +106,81 @@ class Pool:
             self._pool = _kvarn.CudaPool(cfg, shapes, pages, slots, float32, self._cuda, memory, check)
         self.layers = tuple(LayerShape(*shape) for shape in self._pool.layers)
 
-    def create(self) -> Sequence:
-        """A new, empty sequence."""
-        return self._pool.create()
+    def create(self, prefix: Iterable[bytes] = ()) -> Sequence:
+        """A new sequence: empty, or starting with tiles that others published.
+
+        It starts with the tiles that are published under the first of `prefix`, as many as there are in a
+        row, in the same pages and sink slot, and holds them from this moment on: nothing is copied, no page
+        is taken. Its ``length``, a multiple of the group, says how many tokens it has; run the model on the
+        others. They are all committed, and read as records also within the recent window.
+
+        A model gives logits for tokens that it runs on, so leave out a tile that ends with the prompt::
+
+            sequence = pool.create(prefix=kvarn.prefix_keys(prompt[:-1], cfg.group))
+            rest = prompt[sequence.length :]
+
+        Args:
+            prefix: A key of 16 bytes for each tile of the prompt, as `kvarn.prefix_keys` makes them.
+
+        Raises:
+            ShapeError: A key has not 16 bytes.
+            DTypeError: A key is not bytes.
+        """
+        return self._pool.create(list(prefix))
+
+    def publish(self, sequence: Sequence, keys: Iterable[bytes]) -> int:
+        """Offers the first tiles of a sequence to later ones that begin with the same tokens.
+
+        Only tiles that never change are shared: sealed ones, and the sink slot of tile 0. They stay when the
+        sequence is freed, until a step needs their pages or slots; then those go first that were not used for
+        longest, the later tiles of a sequence before the earlier ones, without which they could not be found.
+        A use is a publication, a sequence that starts with the tile, and the end of one that has it. What a
+        step has thus displaced stays gone if the step is abandoned.
+
+        A tile is found behind the tiles that it was published behind, and in this pool only. Under a key that
+        has a page already, that page stays, and later tiles are found behind it; `sequence` keeps its own
+        (``stats().prefix_duplicates`` counts such tiles). Publishing again, as a sequence grows, adds what is
+        new.
+
+        Args:
+            sequence: The sequence, outside open steps.
+            keys: A key of 16 bytes for each of its first tiles, at most ``sequence.sealed``. It stands for
+                the tokens of the tile and all before them, the model, and whatever else K and V depend on:
+                see `kvarn.prefix_keys`.
+
+        Returns:
+            How many tiles were not published before.
+
+        Raises:
+            ShapeError: More keys than sealed tiles, a key twice, or not of 16 bytes.
+            DTypeError: A key is not bytes.
+            StateError: A tile is published under another key; or as in `free`.
+        """
+        return self._pool.publish(sequence, list(keys))
+
+    def match_prefix(self, keys: Iterable[bytes]) -> int:
+        """How many tiles ``create(prefix=keys)`` would start with now.
+
+        For schedulers: nothing is held, and it is no use. Another thread may displace or add tiles before the
+        sequence is created, whose ``length`` is what counts.
+
+        Raises:
+            ShapeError, DTypeError: As in `create`.
+        """
+        return self._pool.match_prefix(list(keys))
+
+    def unpublish(self) -> None:
+        """Publishes no tile any more, as after a change of weights. Sequences keep what they hold."""
+        self._pool.unpublish()
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What the bytes of the pool's tiles depend on besides tokens and model, in 16 bytes.
+
+        A digest of format version, `cfg` (but for its head dim), `dtype` and `layers`. The pool adds it to
+        every key; add it to keys that leave the pool, so that they match under the same configuration only.
+        """
+        return self._pool.fingerprint
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A new sequence that holds what `sequence` holds, held tokens included. Nothing is copied.
@@ -151,6 +225,72 @@ class Pool:
             ShapeError: `length` is beyond the sequence.
         """
         self._pool.truncate(sequence, length)
+
+    def save(self, sequence: Sequence, file: str | os.PathLike[str] | BinaryIO) -> None:
+        """Saves a sequence: its records, its slots and its lengths, with checksums; layout: docs/format.md.
+
+        The bytes are the same on every device, wherever the sequence lies in the pool. Nothing is changed:
+        held tokens are saved, and stay, uncommitted. An offloaded sequence is saved from where it is. On CUDA
+        the copy comes after the work of torch's current stream, and is waited for. Other threads may use the
+        pool meanwhile; a step of this sequence then takes one slot more, if its last one is not full.
+
+        Args:
+            sequence: The sequence.
+            file: A path, where the file appears whole or not at all; or a binary file object, such as
+                ``io.BytesIO()``.
+
+        Raises:
+            StateError: As in `free`.
+            CapacityError: The system has not as much memory as the sequence takes.
+            DTypeError: `file` is neither.
+            OSError: The file cannot be written.
+        """
+        save(self._pool, self._cuda, sequence, file)
+
+    def load(self, file: str | os.PathLike[str] | BinaryIO) -> Sequence:
+        """A new sequence from what `save` wrote, of any pool with the same layers, configuration and type.
+
+        Every byte is checked first. On CUDA the copy goes to torch's current stream: work on other streams
+        must be ordered behind it, by events.
+
+        Args:
+            file: A path; or a binary file object, which is read to its end.
+
+        Raises:
+            FormatError: The file is truncated, corrupted, of another version, or of a pool made otherwise
+                (the text has both values); nothing is changed.
+            CapacityError: Too few free pages or slots; nothing is changed.
+            DTypeError: `file` is neither.
+            OSError: The file cannot be read.
+        """
+        return load(self._pool, self._cuda, file)
+
+    def offload(self, sequence: Sequence) -> None:
+        """Moves a sequence to host memory and gives back its pages and slots; `restore` brings it back.
+
+        Of what forks share only this sequence's part is given back. Until it is restored, the sequence can be
+        saved and freed, and has lengths; nothing else. On CUDA torch's current stream copies, to pinned
+        memory, and the host does not wait. Pages and slots count as used until they are copied (`stats` waits
+        for that); a step that needs them waits. The next image of about the same size uses the same memory.
+
+        Raises:
+            StateError: It is offloaded already; or as in `free`.
+            CapacityError: The system has not as much memory.
+            CudaError: torch's current stream is being captured.
+        """
+        offload(self._pool, self._cuda, sequence)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Brings an offloaded sequence back, bit by bit as it was.
+
+        On CUDA torch's current stream copies: work on other streams must be ordered behind it, by events.
+
+        Raises:
+            CapacityError: Too few free pages or slots; nothing is changed.
+            StateError: It is not offloaded, was freed, or belongs to another pool.
+            CudaError: torch's current stream is being captured.
+        """
+        restore(self._pool, self._cuda, sequence)
 
     def static_arrays(self, counts: Iterable[int], tokens: int) -> StaticArrays:
         """Device arrays at addresses that stay, so that a captured CUDA graph serves many steps.

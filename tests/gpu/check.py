@@ -16,6 +16,8 @@ import time
 import kvarn
 import numpy as np
 import torch
+from check_saved import check_saved
+from check_prefixes import check_prefixes
 from kvarn.reference import contract
 
 DEVICE = "cuda"
@@ -642,6 +644,8 @@ def main():
         check_scales()
         check_batch_invariance()
         check_forks()
+        check_saved(sys.modules[__name__])
+        COUNTS.cases += check_prefixes(COUNTS.fail)
         check_residues()
         check_long(arguments.full)
         check_large_offsets()

@@ -18,6 +18,14 @@ pub enum Error {
         /// The system's answer.
         reason: String,
     },
+    /// Memory for a sequence outside the pool.
+    #[error(
+        "a sequence of {bytes} bytes: the system has not as much memory; free memory, or save shorter sequences"
+    )]
+    Image {
+        /// Bytes asked for.
+        bytes: usize,
+    },
 }
 
 impl From<kvarn::Error> for Error {

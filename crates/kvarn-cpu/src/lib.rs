@@ -8,6 +8,7 @@ mod attend;
 mod dtype;
 mod error;
 mod features;
+mod images;
 mod memory;
 mod pool;
 mod read;
@@ -18,6 +19,7 @@ mod tiles;
 
 pub use error::Error;
 pub use features::cpu_features;
+pub use images::SavedSequence;
 pub use memory::{HostMemory, MemoryView};
 pub use pool::Pool;
 pub use step::Step;

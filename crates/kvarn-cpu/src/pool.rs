@@ -105,6 +105,16 @@ impl Pool {
         self.core.layout()
     }
 
+    /// Memory of the pages.
+    pub(crate) fn page_memory(&self) -> &HostMemory {
+        &self.pages
+    }
+
+    /// Memory of the slots.
+    pub(crate) fn slot_memory(&self) -> &HostMemory {
+        &self.slots
+    }
+
     /// The record of one KV head in a page.
     pub(crate) fn record(&self, layer: &Layer, page: usize, head: usize) -> *mut u8 {
         self.pages.at(self.layout().record_at(layer, page, head), layer.layout.record_bytes)

@@ -2,11 +2,13 @@
 
 use std::ffi::c_void;
 
-use cudarc::driver::result;
-use cudarc::driver::sys::{self, CUdevice, CUfunction, CUfunction_attribute, CUkernel};
+use cudarc::driver::sys::{
+    self, CUdevice, CUfunction, CUfunction_attribute, CUkernel, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig,
+};
 
 use crate::context::Current;
-use crate::driver::{Answer, Failure, check};
+use crate::driver::{Answer, check};
 use crate::{Device, Error, Limits, Stream};
 
 /// A kernel on a device, ready to be launched.
@@ -26,6 +28,8 @@ pub(crate) struct Entry {
     registers: u32,
     local_bytes: u32,
     shared: u32,
+    /// Whether the code is for a device that knows launches which begin early.
+    begins_early: bool,
 }
 
 // SAFETY: a handle of the driver, which may be used from every thread, and numbers.
@@ -69,6 +73,7 @@ impl Entry {
             registers: ask(A::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
             local_bytes: ask(A::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
             shared,
+            begins_early: ask(A::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= 90,
         })
     }
 }
@@ -179,15 +184,17 @@ pub unsafe fn launch(
 ) -> Result<(), Error> {
     let current = kernel.device.enter()?;
     // SAFETY: the caller's promise.
-    unsafe { launch_in(&current, kernel, grid, block, shared, stream, parameters) }
+    unsafe { start(&current, kernel, grid, block, shared, stream, parameters, &mut []) }
 }
 
-/// As [`launch`], in the context of the kernel's device, which the caller made current.
+/// As [`launch`], in the context of the kernel's device, which the caller made current; the kernel may begin before the one in
+/// front of it has ended.
 ///
 /// # Safety
-/// As [`launch`].
-pub(crate) unsafe fn launch_in(
-    _current: &Current,
+/// As [`launch`]. The kernel waits for the one in front (cuda/predecessor.cuh) before it touches what that one may touch, if
+/// it is compiled for `sm_90` or newer.
+pub(crate) unsafe fn launch_early(
+    current: &Current,
     kernel: &Kernel,
     grid: [u32; 3],
     block: [u32; 3],
@@ -195,15 +202,51 @@ pub(crate) unsafe fn launch_in(
     stream: Stream,
     parameters: &mut [*mut c_void],
 ) -> Result<(), Error> {
+    let mut allowed = [CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }];
+    let attributes: &mut [_] = if kernel.entry.begins_early { &mut allowed } else { &mut [] };
+    // SAFETY: the caller's promise.
+    unsafe { start(current, kernel, grid, block, shared, stream, parameters, attributes) }
+}
+
+#[allow(clippy::too_many_arguments)] // the driver's
+unsafe fn start(
+    _current: &Current,
+    kernel: &Kernel,
+    [x, y, z]: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: Stream,
+    parameters: &mut [*mut c_void],
+    attributes: &mut [CUlaunchAttribute],
+) -> Result<(), Error> {
     kernel.fits(block, shared, parameters.len())?;
     let device = kernel.device;
     device.loss.launched(kernel.entry);
-    // SAFETY: the kernel's function in the current context; the rest by the caller.
-    let launched = unsafe {
-        result::launch_kernel(kernel.function(), grid.into(), block.into(), shared, stream.raw(), parameters)
+    let config = CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: block[0],
+        blockDimY: block[1],
+        blockDimZ: block[2],
+        sharedMemBytes: shared,
+        hStream: stream.raw(),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     };
-    launched.map_err(|error| {
-        let failure = Failure { call: "cuLaunchKernel", result: error.0 };
-        device.loss.error(device.index(), failure, Some(kernel.name()))
-    })
+    // SAFETY: the kernel's function in the current context; the rest by the caller.
+    let result = unsafe {
+        sys::cuLaunchKernelEx(
+            &raw const config,
+            kernel.function(),
+            parameters.as_mut_ptr(),
+            std::ptr::null_mut(),
+        )
+    };
+    check("cuLaunchKernelEx", result)
+        .map_err(|failure| device.loss.error(device.index(), failure, Some(kernel.name())))
 }

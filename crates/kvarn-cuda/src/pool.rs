@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvarn::codec::{EncodeCounts, SlotType};
 use kvarn::pool::{Layer, LayerShape, PoolCore, PoolError, PoolLayout, check_expand};
-use kvarn::tables::{SequenceId, SequenceView, StepPlan};
+use kvarn::tables::{SequenceId, SequenceView};
 use kvarn::{Config, DType};
 
+use crate::departures::Departures;
 use crate::geometry;
 use crate::params::{AppendParams, Cache, ExpandParams};
+use crate::pinned::PinnedBuffers;
 use crate::tensor::dtype_number;
 use crate::upload::{Array, StepBuffer, StepBuffers, Words};
 use crate::workspace::Workspaces;
@@ -38,6 +40,8 @@ pub struct Pool {
     check: bool,
     buffers: Arc<StepBuffers>,
     workspaces: Workspaces,
+    pinned: Arc<PinnedBuffers>,
+    departures: Departures,
     /// Pages and slots, from the first, whose memory is provided.
     provided: Mutex<(usize, usize)>,
     /// Thread blocks of each attention kernel that the device holds at a time, by its name.
@@ -143,6 +147,8 @@ impl Pool {
             check,
             buffers,
             workspaces,
+            pinned: PinnedBuffers::new(device),
+            departures: Departures::new(device),
             provided,
             resident,
         }))
@@ -169,8 +175,8 @@ impl Pool {
     ) -> Result<Step, Error> {
         let lending = arrays.map(|arrays| arrays.lend(self, counts)).transpose()?;
         // An error drops the open step, which abandons it: the pool is as before.
-        let open = self.core.step(sequences, counts, hold)?;
-        self.provide(open.plan())?;
+        let open = self.with_room(|| Ok(self.core.step(sequences, counts, hold)?))?;
+        self.provide_for(open.plan().sequences.iter().map(|sequence| &sequence.after))?;
         if self.check {
             check::tables(open.plan(), self.core.layout())?;
         }
@@ -247,8 +253,8 @@ impl Pool {
             value_bits: config.value_bits().get() as i32,
             unused: 0,
         };
-        let blocks = tokens.end.div_ceil(64) - tokens.start / 64;
-        let grid = [blocks as u32, 2 * at.shape.kv_heads as u32, 1];
+        let warps = (tokens.end.div_ceil(64) - tokens.start / 64) * 2 * at.shape.kv_heads;
+        let grid = [warps.div_ceil(4) as u32, 1, 1];
         let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
         // SAFETY: the parameter is the kernel's (its size is checked, its layout mirrored); tables and pool are kept until
         // the work has run (`read_by`, `Drop`); the tensors are as their maker promised; the stream is the caller's.
@@ -315,13 +321,31 @@ impl Pool {
         }
     }
 
-    /// Ids are given out lowest first: what is provided is a prefix of each layer's pages and slots.
-    fn provide(&self, plan: &StepPlan) -> Result<(), Error> {
-        let most = |table: &dyn Fn(&SequenceView) -> &[i32]| {
-            let ids = plan.sequences.iter().flat_map(|sequence| table(&sequence.after).iter().copied());
-            ids.max().map_or(0, |id| (id + 1) as usize)
-        };
-        let (pages, slots) = (most(&|view| &view.block_table), most(&|view| &view.slot_table));
+    pub(crate) const fn pinned(&self) -> &Arc<PinnedBuffers> {
+        &self.pinned
+    }
+
+    pub(crate) const fn departures(&self) -> &Departures {
+        &self.departures
+    }
+
+    /// Addresses of pages and slots.
+    pub(crate) fn addresses(&self) -> [u64; 2] {
+        [self.pages.address(), self.slots.address()]
+    }
+
+    /// Provides memory for the pages and slots that `views` name. Ids are given out lowest first: what is provided is a
+    /// prefix of each layer's pages and slots.
+    pub(crate) fn provide_for<'a>(
+        &self,
+        views: impl IntoIterator<Item = &'a SequenceView>,
+    ) -> Result<(), Error> {
+        let (mut pages, mut slots) = (0, 0);
+        for view in views {
+            let most = |table: &[i32]| table.iter().max().map_or(0, |&id| (id + 1) as usize);
+            pages = pages.max(most(&view.block_table));
+            slots = slots.max(most(&view.slot_table));
+        }
         let mut provided = self.provided.lock().unwrap_or_else(PoisonError::into_inner);
         if pages <= provided.0 && slots <= provided.1 {
             return Ok(());

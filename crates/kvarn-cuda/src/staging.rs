@@ -32,6 +32,15 @@ impl Event {
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, stream.raw()) })
     }
 
+    /// Whether it has happened.
+    pub(crate) fn has_happened(&self) -> Answer<bool> {
+        // SAFETY: a live event of the current context.
+        match unsafe { sys::cuEventQuery(self.0) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("cuEventQuery", result).map(|()| true),
+        }
+    }
+
     /// Has the host wait.
     pub(crate) fn wait(&self) -> Answer<()> {
         // SAFETY: a live event of the current context.

@@ -13,7 +13,7 @@ use crate::capture::{Capture, capture};
 use crate::context::Current;
 use crate::driver;
 use crate::geometry::{self, AttendGeometry};
-use crate::launch::launch_in;
+use crate::launch::launch_early;
 use crate::params::{AppendParams, AttendParams};
 use crate::plan::AttendKey;
 use crate::pool::{SentTables, check_expand_on_device, check_type};
@@ -143,7 +143,7 @@ impl Step {
         let (grid, block) = ([blocks as u32, 1, 1], [kernel.threads(), 1, 1]);
         // SAFETY: the parameter is the kernel's (size checked, layout mirrored); the arrays are kept until the work has run
         // (`read_by`), the pool's memory as long as it exists; the tensors are as their maker promised.
-        unsafe { launch_in(current, &kernel, grid, block, shared, stream, parameters) }
+        unsafe { launch_early(current, &kernel, grid, block, shared, stream, parameters) }
     }
 
     /// Copies the slots of one layer that the step would write to and that other sequences share.
@@ -260,7 +260,7 @@ impl Step {
             let block = [sent.kernel.threads(), 1, 1];
             let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
             // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
-            unsafe { launch_in(&current, &sent.kernel, grid, block, sent.shared, stream, parameters) }?;
+            unsafe { launch_early(&current, &sent.kernel, grid, block, sent.shared, stream, parameters) }?;
             Ok(left_out)
         };
         if recording { self.open.record_read(layer, work) } else { self.open.read(layer, work) }

@@ -7,6 +7,7 @@ use kvarn::pool::AttendOptions;
 use kvarn_cuda::{PoolOptions, Stream};
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::arguments::{natural, naturals};
 use crate::config::Config;
@@ -15,6 +16,8 @@ use crate::memory::Memory;
 use crate::open_step::{self, EXPANDED, KEYS, QUERIES};
 use crate::pool::{Sequence, Stats};
 use crate::pool_core;
+use crate::prefix;
+use crate::saved::{self, Saved, Source};
 use crate::tensor::Lent;
 
 /// The cache memory of one model on a CUDA device; see `kvarn.Pool`.
@@ -68,9 +71,35 @@ impl CudaPool {
         detached(py, || kvarn_cuda::StaticArrays::new(&self.0, &counts, tokens)).map(StaticArrays)
     }
 
-    /// A new, empty sequence.
-    fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
-        pool_core::create(py, self.0.core())
+    /// A new sequence that starts with the tiles published under the first of `prefix`, if any.
+    fn create(&self, py: Python<'_>, prefix: Vec<Bound<'_, PyAny>>) -> PyResult<Sequence> {
+        prefix::create(py, self.0.core(), &prefix)
+    }
+
+    /// Publishes the first tiles of a sequence, one key each; returns how many were not published before.
+    fn publish(
+        &self,
+        py: Python<'_>,
+        sequence: &Bound<'_, Sequence>,
+        keys: Vec<Bound<'_, PyAny>>,
+    ) -> PyResult<usize> {
+        prefix::publish(py, self.0.core(), sequence, &keys)
+    }
+
+    /// How many tiles a sequence would start with.
+    fn match_prefix(&self, py: Python<'_>, keys: Vec<Bound<'_, PyAny>>) -> PyResult<usize> {
+        prefix::match_prefix(py, self.0.core(), &keys)
+    }
+
+    /// Publishes nothing any more.
+    fn unpublish(&self, py: Python<'_>) -> PyResult<()> {
+        prefix::unpublish(py, self.0.core())
+    }
+
+    /// What the bytes of tiles depend on besides the tokens.
+    #[getter]
+    fn fingerprint<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        prefix::fingerprint(py, self.0.core())
     }
 
     /// A new sequence that holds what another one holds.
@@ -91,6 +120,34 @@ impl CudaPool {
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
         pool_core::truncate(py, self.0.core(), sequence, length)
+    }
+
+    /// A sequence as it is saved: header and image. Waits for the copy, which comes after what `stream` was given.
+    fn save<'py>(
+        &self,
+        py: Python<'py>,
+        sequence: &Bound<'_, Sequence>,
+        stream: usize,
+    ) -> PyResult<Saved<'py>> {
+        saved::of_cuda(py, &self.0, sequence, stream)
+    }
+
+    /// A new sequence from what was saved, for work given to `stream` afterwards.
+    fn load(&self, py: Python<'_>, source: Source, stream: usize) -> PyResult<Sequence> {
+        let stream = Stream::from_address(stream);
+        saved::load(py, self.0.core(), source, |mut input| self.0.load(&mut input, stream))
+    }
+
+    /// Has `stream` move a sequence out of the pool.
+    fn offload(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, stream: usize) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.offload(id, Stream::from_address(stream)))
+    }
+
+    /// Has `stream` bring an offloaded sequence back.
+    fn restore(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, stream: usize) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.restore(id, Stream::from_address(stream)))
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -133,6 +190,7 @@ impl CudaPool {
     fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
         let stats = detached(py, || {
             let counts = self.0.counts()?;
+            self.0.settle()?;
             Ok::<_, kvarn_cuda::Error>(kvarn::pool::Stats { counts, ..self.0.core().stats() })
         })?;
         Ok(stats.into())

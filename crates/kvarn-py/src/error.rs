@@ -103,7 +103,7 @@ impl ToPython for kvarn_cpu::Error {
     fn to_python(&self, py: Python<'_>) -> PyErr {
         match self {
             Self::Pool(error) => error.to_python(py),
-            Self::Memory { .. } => Class::Capacity.error(py, self.to_string()),
+            Self::Memory { .. } | Self::Image { .. } => Class::Capacity.error(py, self.to_string()),
         }
     }
 }

@@ -15,6 +15,8 @@ mod memory;
 mod open_step;
 mod pool;
 mod pool_core;
+mod prefix;
+mod saved;
 mod step;
 mod tensor;
 

@@ -1,5 +1,6 @@
 //! Memory lent to Python.
 
+use std::any::Any;
 use std::ffi::CStr;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -51,6 +52,16 @@ impl Memory {
         let data = NonNull::from(table.as_slice()).cast();
         // SAFETY: as long as the shape says, and never changed while the owner lives.
         Self(unsafe { Export::new(data, ElementType::Int32, shape, true, Arc::clone(table) as _) })
+    }
+
+    /// Bytes that `owner` keeps where they are, read-only.
+    ///
+    /// # Safety
+    /// They lie there unchanged as long as `owner` lives.
+    pub(crate) unsafe fn of_shared(bytes: *const [u8], owner: Arc<dyn Any + Send + Sync>) -> Self {
+        let data = NonNull::new(bytes.cast_mut()).expect("a slice is not at 0").cast();
+        // SAFETY: the caller's promise.
+        Self(unsafe { Export::new(data, ElementType::UInt8, &[bytes.len()], true, owner) })
     }
 
     /// The bytes of a result.

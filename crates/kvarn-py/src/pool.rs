@@ -7,6 +7,7 @@ use kvarn::pool::{PoolCore, PoolError};
 use kvarn::tables::{SequenceId, SequenceView};
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::arguments::natural;
 use crate::config::Config;
@@ -14,6 +15,8 @@ use crate::error::{Class, detached};
 use crate::memory::Memory;
 use crate::open_step::EXPANDED;
 use crate::pool_core;
+use crate::prefix;
+use crate::saved::{self, Saved, Source};
 use crate::step::Step;
 use crate::tensor::Lent;
 
@@ -42,9 +45,35 @@ impl Pool {
         Ok(Self(pool))
     }
 
-    /// A new, empty sequence.
-    fn create(&self, py: Python<'_>) -> PyResult<Sequence> {
-        pool_core::create(py, self.0.core())
+    /// A new sequence that starts with the tiles published under the first of `prefix`, if any.
+    fn create(&self, py: Python<'_>, prefix: Vec<Bound<'_, PyAny>>) -> PyResult<Sequence> {
+        prefix::create(py, self.0.core(), &prefix)
+    }
+
+    /// Publishes the first tiles of a sequence, one key each; returns how many were not published before.
+    fn publish(
+        &self,
+        py: Python<'_>,
+        sequence: &Bound<'_, Sequence>,
+        keys: Vec<Bound<'_, PyAny>>,
+    ) -> PyResult<usize> {
+        prefix::publish(py, self.0.core(), sequence, &keys)
+    }
+
+    /// How many tiles a sequence would start with.
+    fn match_prefix(&self, py: Python<'_>, keys: Vec<Bound<'_, PyAny>>) -> PyResult<usize> {
+        prefix::match_prefix(py, self.0.core(), &keys)
+    }
+
+    /// Publishes nothing any more.
+    fn unpublish(&self, py: Python<'_>) -> PyResult<()> {
+        prefix::unpublish(py, self.0.core())
+    }
+
+    /// What the bytes of tiles depend on besides the tokens.
+    #[getter]
+    fn fingerprint<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        prefix::fingerprint(py, self.0.core())
     }
 
     /// A new sequence that holds what another one holds.
@@ -65,6 +94,28 @@ impl Pool {
     /// Keeps the first `length` tokens.
     fn truncate(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>, length: i64) -> PyResult<()> {
         pool_core::truncate(py, self.0.core(), sequence, length)
+    }
+
+    /// A sequence as it is saved: header and image.
+    fn save<'py>(&self, py: Python<'py>, sequence: &Bound<'_, Sequence>) -> PyResult<Saved<'py>> {
+        saved::of_cpu(py, &self.0, sequence)
+    }
+
+    /// A new sequence from what was saved.
+    fn load(&self, py: Python<'_>, source: Source) -> PyResult<Sequence> {
+        saved::load(py, self.0.core(), source, |mut input| self.0.load(&mut input))
+    }
+
+    /// Moves a sequence out of the pool.
+    fn offload(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.offload(id))
+    }
+
+    /// Brings an offloaded sequence back.
+    fn restore(&self, py: Python<'_>, sequence: &Bound<'_, Sequence>) -> PyResult<()> {
+        let id = sequence.get().id;
+        detached(py, || self.0.restore(id))
     }
 
     /// Plans a step; `counts` and `hold` have one entry per sequence.
@@ -154,6 +205,12 @@ impl Sequence {
         Ok(self.view(py)?.committed)
     }
 
+    /// First tiles that never change again, which ``Pool.publish`` takes: sealed, or a sink as a whole and full.
+    #[getter]
+    fn sealed(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.view(py)?.publishable(&self.core.layout().rule))
+    }
+
     /// Page of each tile, -1 where it has none: int32 [tiles], a read-only snapshot.
     #[getter]
     fn block_table(&self, py: Python<'_>) -> PyResult<Memory> {
@@ -166,6 +223,12 @@ impl Sequence {
     fn slot_table(&self, py: Python<'_>) -> PyResult<Memory> {
         let view = self.view(py)?;
         Ok(Memory::of_table(&view.slot_table, &[view.slot_table.len()]))
+    }
+
+    /// Whether it was moved out of the pool, by ``Pool.offload``; its tables are then -1.
+    #[getter]
+    fn offloaded(&self, py: Python<'_>) -> PyResult<bool> {
+        detached(py, || self.core.is_offloaded(self.id))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -188,26 +251,46 @@ impl Sequence {
 pub(crate) struct Stats {
     /// Pages of the pool, each the records of one sealed tile in every layer.
     pages: usize,
-    /// Pages in use, those reserved by open steps included.
+    /// Pages that sequences hold, and those reserved by open steps.
     pages_used: usize,
-    /// Pages that the next step may take.
+    /// Pages that the next step may take, cached ones included.
     pages_free: usize,
+    /// Pages of published tiles, in use or cached.
+    pages_published: usize,
+    /// Pages of published tiles that no sequence holds: they stay until they are needed.
+    pages_cached: usize,
     /// Slots of the pool, each one tile in 16 bit (32 with dtype="float32") in every layer.
     slots: usize,
-    /// Slots in use, those reserved by open steps included.
+    /// Slots that sequences hold, and those reserved by open steps.
     slots_used: usize,
-    /// Slots that the next step may take.
+    /// Slots that the next step may take, cached ones included.
     slots_free: usize,
+    /// Sink slots of published tiles, in use or cached.
+    slots_published: usize,
+    /// Sink slots of published tiles that no sequence holds.
+    slots_cached: usize,
     /// Sequences that exist.
     sequences: usize,
     /// Tokens of all sequences.
     tokens: usize,
     /// Steps planned and neither finished nor abandoned.
     open_steps: usize,
+    /// Published tiles that new sequences started with, since the pool was made.
+    prefix_hits: u64,
+    /// Tiles that new sequences asked for, and which were not published, since the pool was made.
+    prefix_misses: u64,
+    /// Tiles offered under a key that another page had, since the pool was made.
+    prefix_duplicates: u64,
+    /// Published tiles given up for room, since the pool was made.
+    prefix_evictions: u64,
     /// Bytes of the pages in use, all layers.
     page_bytes: usize,
     /// Bytes of the slots in use, all layers.
     slot_bytes: usize,
+    /// Sequences that are offloaded.
+    offloaded_sequences: usize,
+    /// Bytes of host memory that they take.
+    offloaded_bytes: usize,
     /// Elements that were NaN or infinite, stored as 0, since the pool was made.
     non_finite: u64,
     /// Values that were beyond the range of their stored type, since the pool was made.
@@ -216,19 +299,29 @@ pub(crate) struct Stats {
 
 impl From<kvarn::pool::Stats> for Stats {
     fn from(stats: kvarn::pool::Stats) -> Self {
-        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps } = stats.tables;
+        let kvarn::tables::Stats { pages, slots, sequences, tokens, open_steps, prefixes } = stats.tables;
         Self {
             pages: pages.total,
             pages_used: pages.used,
             pages_free: pages.free,
+            pages_published: pages.published,
+            pages_cached: pages.cached,
             slots: slots.total,
             slots_used: slots.used,
             slots_free: slots.free,
+            slots_published: slots.published,
+            slots_cached: slots.cached,
             sequences,
             tokens,
             open_steps,
+            prefix_hits: prefixes.hits,
+            prefix_misses: prefixes.misses,
+            prefix_duplicates: prefixes.duplicates,
+            prefix_evictions: prefixes.evictions,
             page_bytes: stats.page_bytes,
             slot_bytes: stats.slot_bytes,
+            offloaded_sequences: stats.offloaded.sequences,
+            offloaded_bytes: stats.offloaded.bytes,
             non_finite: stats.counts.non_finite,
             saturated: stats.counts.saturated,
         }
@@ -239,18 +332,28 @@ impl From<kvarn::pool::Stats> for Stats {
 impl Stats {
     fn __repr__(&self) -> String {
         format!(
-            "Stats(pages={}, pages_used={}, pages_free={}, slots={}, slots_used={}, slots_free={}, sequences={}, tokens={}, open_steps={}, page_bytes={}, slot_bytes={}, non_finite={}, saturated={})",
+            "Stats(pages={}, pages_used={}, pages_free={}, pages_published={}, pages_cached={}, slots={}, slots_used={}, slots_free={}, slots_published={}, slots_cached={}, sequences={}, tokens={}, open_steps={}, prefix_hits={}, prefix_misses={}, prefix_duplicates={}, prefix_evictions={}, page_bytes={}, slot_bytes={}, offloaded_sequences={}, offloaded_bytes={}, non_finite={}, saturated={})",
             self.pages,
             self.pages_used,
             self.pages_free,
+            self.pages_published,
+            self.pages_cached,
             self.slots,
             self.slots_used,
             self.slots_free,
+            self.slots_published,
+            self.slots_cached,
             self.sequences,
             self.tokens,
             self.open_steps,
+            self.prefix_hits,
+            self.prefix_misses,
+            self.prefix_duplicates,
+            self.prefix_evictions,
             self.page_bytes,
             self.slot_bytes,
+            self.offloaded_sequences,
+            self.offloaded_bytes,
             self.non_finite,
             self.saturated
         )

@@ -2,19 +2,13 @@
 
 use std::sync::Arc;
 
-use kvarn::pool::{LayerShape, PoolCore, PoolError};
+use kvarn::pool::{LayerShape, PoolCore};
 use kvarn::tables::SequenceId;
 use pyo3::prelude::*;
 
 use crate::arguments::{natural, naturals};
 use crate::error::{Class, detached};
 use crate::pool::Sequence;
-
-/// A new, empty sequence.
-pub(crate) fn create(py: Python<'_>, core: &Arc<PoolCore>) -> PyResult<Sequence> {
-    let id = detached(py, || Ok::<_, PoolError>(core.create()))?;
-    Ok(Sequence { core: Arc::clone(core), id })
-}
 
 /// A new sequence that holds what another one holds.
 pub(crate) fn fork(

@@ -1,4 +1,4 @@
-"""The command `kvarn`: generate, estimate, inspect, presets, doctor.
+"""The command `kvarn`: generate, estimate, inspect, convert, presets, doctor.
 
 torch and transformers are imported only by the commands that run a model. Every error of kvarn ends a command
 with one line on standard error and exit status 2; `KVARN_TRACEBACK=1` shows the traceback instead.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import kvarn
-from kvarn.cli import doctor, estimate, generate, inspect, presets
+from kvarn.cli import convert, doctor, estimate, generate, inspect, presets
 from kvarn.cli.console import errors
 
 INTERRUPTED = 130
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="kvarn", description="KVarN: a quantised KV cache for LLM inference.")
     root.add_argument("--version", action="version", version=f"kvarn {kvarn.__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, estimate, inspect, presets, doctor):
+    for command in (generate, estimate, inspect, convert, presets, doctor):
         command.add_parser(commands)
     return root
 

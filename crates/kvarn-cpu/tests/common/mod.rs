@@ -1,4 +1,4 @@
-//! Random rows, tensors over vectors, and attention in float64.
+//! Random rows, and tensors over vectors.
 
 use kvarn::DType;
 use kvarn_cpu::{TensorMut, TensorRef};
@@ -27,10 +27,6 @@ impl Rows {
         Self { values: vec![0.0; shape.iter().product()], shape }
     }
 
-    pub(crate) fn row(&self, i: usize, j: usize) -> &[f32] {
-        &self.values[(i * self.shape[1] + j) * self.shape[2]..][..self.shape[2]]
-    }
-
     fn strides(&self) -> [isize; 3] {
         [(self.shape[1] * self.shape[2]) as isize, self.shape[2] as isize, 1]
     }
@@ -47,36 +43,4 @@ impl Rows {
         // SAFETY: shape and strides describe the vector, which is borrowed mutably.
         unsafe { TensorMut::from_raw(self.values.as_mut_ptr().cast(), DType::Float32, self.shape, strides) }
     }
-}
-
-/// Attention of one query over `keys` and `values` (index, row), and its log-sum-exp.
-pub(crate) fn attend_f64<'a>(
-    q: &[f32],
-    seen: impl Iterator<Item = (&'a [f32], &'a [f32])>,
-    scale: f64,
-    softcap: Option<f32>,
-    sink: Option<f32>,
-) -> (Vec<f64>, f64) {
-    let mut logits = Vec::new();
-    let mut values = Vec::new();
-    for (k, v) in seen {
-        let dot: f64 = q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-        let logit = dot * scale;
-        logits.push(softcap.map_or(logit, |cap| f64::from(cap) * (logit / f64::from(cap)).tanh()));
-        values.push(v);
-    }
-    let sink = sink.map_or(f64::NEG_INFINITY, f64::from);
-    let max = logits.iter().copied().fold(sink, f64::max);
-    if max == f64::NEG_INFINITY {
-        return (vec![0.0; q.len()], max);
-    }
-    let weights: Vec<f64> = logits.iter().map(|logit| (logit - max).exp()).collect();
-    let sum: f64 = weights.iter().sum::<f64>() + (sink - max).exp();
-    let mut out = vec![0.0; q.len()];
-    for (weight, v) in weights.iter().zip(values) {
-        for (out, v) in out.iter_mut().zip(v) {
-            *out += weight / sum * f64::from(*v);
-        }
-    }
-    (out, max + sum.ln())
 }

@@ -175,7 +175,7 @@ fn launches_are_checked_and_the_context_restored() {
 
 #[test]
 fn a_lost_device_is_told_once_with_the_kernel() {
-    run("lost_device", &[("DOUBLE_FAIL", "cuLaunchKernel:3:700")]);
+    run("lost_device", &[("DOUBLE_FAIL", "cuLaunchKernelEx:3:700")]);
 }
 
 #[test]
@@ -219,6 +219,31 @@ fn static_arrays_are_used_by_one_step_at_a_time() {
 }
 
 #[test]
+fn sequences_leave_and_come_back() {
+    run_with_kernels("images", "there_and_back", &[]);
+}
+
+#[test]
+fn pages_are_given_back_once_they_are_copied() {
+    run_with_kernels("images", "late_copy", &[]);
+}
+
+#[test]
+fn a_copy_that_fails_changes_nothing() {
+    for call in ["cuMemHostAlloc", "cuMemcpyDtoHAsync_v2", "cuEventRecord"] {
+        run_with_kernels("images", "offload_fails", &[("FAILING", call)]);
+    }
+    for call in ["cuMemcpyHtoDAsync_v2", "cuEventRecord"] {
+        run_with_kernels("images", "restore_fails", &[("FAILING", call)]);
+    }
+}
+
+#[test]
+fn sequences_are_not_copied_during_a_capture() {
+    run_with_kernels("images", "copy_captured", &[]);
+}
+
+#[test]
 fn a_pool_lives_in_borrowed_memory() {
     run_steps("borrowed_pool", &[]);
 }
@@ -250,5 +275,5 @@ fn an_attention_without_workspace_can_be_tried_again() {
 
 #[test]
 fn a_lost_device_is_told_with_the_pools_kernel() {
-    run_steps("lost_in_a_step", &[("DOUBLE_FAIL", "cuLaunchKernel:2:700")]);
+    run_steps("lost_in_a_step", &[("DOUBLE_FAIL", "cuLaunchKernelEx:2:700")]);
 }

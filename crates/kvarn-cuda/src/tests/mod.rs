@@ -3,6 +3,7 @@
 mod captures;
 mod cases;
 mod double;
+mod images;
 mod on_device;
 mod steps;
 

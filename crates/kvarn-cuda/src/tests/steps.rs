@@ -122,7 +122,7 @@ fn few_driver_calls() {
     let names = [
         c"cuCtxGetCurrent",
         c"cuStreamIsCapturing",
-        c"cuLaunchKernel",
+        c"cuLaunchKernelEx",
         c"cuEventRecord",
         c"cuMemcpyHtoDAsync_v2",
         c"cuKernelGetFunction",

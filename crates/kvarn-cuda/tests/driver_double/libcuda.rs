@@ -9,14 +9,17 @@
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::not_unsafe_ptr_arg_deref)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 const CHUNK: usize = 2 << 20;
 const INVALID: u32 = 1;
 const OUT_OF_MEMORY: u32 = 2;
+const NOT_READY: u32 = 600;
 const ILLEGAL_ADDRESS: u32 = 700;
+/// Events of this stream have not happened until somebody waits for them.
+const LATE_STREAM: u64 = 0x1a7e;
 
 #[derive(Default)]
 struct Books {
@@ -32,8 +35,22 @@ struct Books {
     accessible: BTreeMap<u64, usize>,
     pinned: HashMap<u64, usize>,
     events: u64,
+    /// Events that have not happened.
+    late: HashSet<u64>,
     contexts: Vec<u64>,
     launches: Vec<Launch>,
+}
+
+/// The driver's `CUlaunchConfig`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: u64,
+    attributes: *const u32,
+    attribute_count: u32,
 }
 
 #[derive(Default)]
@@ -41,6 +58,8 @@ struct Launch {
     kernel: u64,
     grid: [u32; 3],
     stream: u64,
+    /// Id of the only attribute that a launch may have; 0 where it has none.
+    attribute: u32,
     /// The first parameter.
     parameter: Vec<u8>,
 }
@@ -164,9 +183,13 @@ api! {
         with(|books| { books.events += 1; books.handles += 1; *event = books.handles; });
         0
     }
-    cuEventDestroy_v2(_event: u64) { with(|books| books.events -= 1); 0 }
-    cuEventRecord(_event: u64, _stream: u64) { 0 }
-    cuEventSynchronize(_event: u64) { 0 }
+    cuEventDestroy_v2(event: u64) { with(|books| { books.events -= 1; books.late.remove(&event); }); 0 }
+    cuEventRecord(event: u64, stream: u64) {
+        with(|books| if stream == LATE_STREAM { books.late.insert(event) } else { books.late.remove(&event) });
+        0
+    }
+    cuEventQuery(event: u64) { if with(|books| books.late.contains(&event)) { NOT_READY } else { 0 } }
+    cuEventSynchronize(event: u64) { with(|books| books.late.remove(&event)); 0 }
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
         *total = number("DOUBLE_MEMORY", 1 << 30) as usize;
         *free = *total - with(|books| books.taken) as usize;
@@ -278,6 +301,17 @@ api! {
         std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes);
         0
     }
+    cuMemcpyDtoHAsync_v2(to: *mut u8, from: u64, bytes: usize, _stream: u64) {
+        let pinned = with(|books| {
+            let within = |(start, length): (&u64, &usize)| {
+                *start <= to as u64 && to as u64 + bytes as u64 <= start + *length as u64
+            };
+            usable(books, from, bytes) && books.pinned.iter().any(within)
+        });
+        if !pinned { return ILLEGAL_ADDRESS; }
+        std::ptr::copy_nonoverlapping(from as *const u8, to, bytes);
+        0
+    }
     cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) {
         if !with(|books| usable(books, from, bytes)) { return ILLEGAL_ADDRESS; }
         std::ptr::copy_nonoverlapping(from as *const u8, to, bytes);
@@ -304,7 +338,7 @@ api! {
     }
     cuKernelGetAttribute(value: *mut i32, attribute: i32, kernel: u64, _device: i32) {
         let attends = kernels()[(kernel - FIRST_KERNEL) as usize].0.to_bytes().starts_with(b"kvarn_attend");
-        *value = match attribute { 0 => if attends { 128 } else { 1024 }, 1 => 1 << 10, 4 => 32, _ => 0 };
+        *value = match attribute { 0 => if attends { 128 } else { 1024 }, 1 => 1 << 10, 4 => 32, 5 => 90, _ => 0 };
         0
     }
     cuKernelSetAttribute(_attribute: i32, _value: i32, _kernel: u64, _device: i32) { 0 }
@@ -320,16 +354,17 @@ api! {
         *blocks = 3;
         0
     }
-    cuLaunchKernel(
-        function: u64, x: u32, y: u32, z: u32, _bx: u32, _by: u32, _bz: u32, _shared: u32, stream: u64,
-        parameters: *mut *mut c_void, _extra: *mut c_void
+    cuLaunchKernelEx(
+        config: *const LaunchConfig, function: u64, parameters: *mut *mut c_void, _extra: *mut c_void
     ) {
+        let LaunchConfig { grid, stream, attributes, attribute_count, .. } = *config;
+        let attribute = if attribute_count == 0 { 0 } else { *attributes };
         let bytes = kernels()[(function - FIRST_KERNEL) as usize].1;
         let mut parameter = vec![0; bytes];
         if bytes > 0 {
             std::ptr::copy_nonoverlapping((*parameters).cast::<u8>(), parameter.as_mut_ptr(), bytes);
         }
-        let launch = Launch { kernel: function, grid: [x, y, z], stream, parameter };
+        let launch = Launch { kernel: function, grid, stream, attribute, parameter };
         with(|books| books.launches.push(launch));
         0
     }

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{OpenStep, PoolError, PoolLayout};
+use super::fingerprint::fingerprint;
+use super::{Offloaded, OpenStep, PoolError, PoolLayout};
 use crate::codec::EncodeCounts;
 use crate::tables::{self, SequenceId, SequenceView, StepId, Tables};
 
@@ -15,6 +16,8 @@ pub struct Stats {
     pub page_bytes: usize,
     /// Bytes of the slots in use, all layers.
     pub slot_bytes: usize,
+    /// Sequences whose bytes are on the host.
+    pub offloaded: Offloaded,
     /// Non-finite and saturated values since the pool was made.
     pub counts: EncodeCounts,
 }
@@ -23,6 +26,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct PoolCore {
     layout: PoolLayout,
+    fingerprint: [u8; 16],
     tables: Mutex<Tables>,
     counts: Mutex<EncodeCounts>,
 }
@@ -31,12 +35,18 @@ impl PoolCore {
     /// An empty pool.
     pub fn new(layout: PoolLayout) -> Result<Arc<Self>, PoolError> {
         let tables = Tables::new(layout.rule, layout.pages, layout.slots)?;
-        Ok(Arc::new(Self { layout, tables: Mutex::new(tables), counts: Mutex::default() }))
+        let fingerprint = fingerprint(&layout);
+        Ok(Arc::new(Self { layout, fingerprint, tables: Mutex::new(tables), counts: Mutex::default() }))
     }
 
     /// Layers and where their bytes lie.
     pub const fn layout(&self) -> &PoolLayout {
         &self.layout
+    }
+
+    /// What the bytes of the pool's tiles depend on besides the tokens: equal for pools whose tiles are interchangeable.
+    pub const fn fingerprint(&self) -> [u8; 16] {
+        self.fingerprint
     }
 
     /// A new, empty sequence.
@@ -69,15 +79,15 @@ impl PoolCore {
         Ok(self.tables().view(sequence)?.clone())
     }
 
-    /// Runs `read` on what is stored of a sequence; nobody changes the sequence, nor overwrites what it stores,
-    /// meanwhile.
+    /// Runs `read` on what is stored of a sequence in the pool; nobody changes the sequence, nor overwrites what it
+    /// stores, meanwhile.
     pub fn while_stored<R, E: From<PoolError>>(
         &self,
         sequence: SequenceId,
         read: impl FnOnce(&SequenceView) -> Result<R, E>,
     ) -> Result<R, E> {
         let tables = self.tables();
-        read(tables.view(sequence).map_err(PoolError::from)?)
+        read(tables.resident_view(sequence).map_err(PoolError::from)?)
     }
 
     /// Plans a step: one forward pass that appends `counts[i]` tokens to `sequences[i]`, of which the newest `hold[i]`
@@ -99,12 +109,19 @@ impl PoolCore {
 
     /// Usage.
     pub fn stats(&self) -> Stats {
-        let tables = self.tables().stats();
+        let tables = self.tables();
+        let mut offloaded = Offloaded::default();
+        for lengths in tables.offloaded_lengths() {
+            offloaded.sequences += 1;
+            offloaded.bytes += self.layout.image_size(&lengths).map_or(0, |size| size.bytes());
+        }
+        let tables = tables.stats();
         let layers = &self.layout.layers;
         Stats {
             tables,
             page_bytes: tables.pages.used * layers.iter().map(|layer| layer.page_bytes).sum::<usize>(),
             slot_bytes: tables.slots.used * layers.iter().map(|layer| layer.slot_bytes).sum::<usize>(),
+            offloaded,
             counts: *self.counts.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }

@@ -25,7 +25,8 @@
 
 use std::io::Read;
 
-use crate::{Config, ConfigOptions, Error};
+use super::config_fields::{CONFIG_AT, config_of, config_to_bytes};
+use crate::{Config, Error};
 
 /// First bytes of a file.
 pub const MAGIC: [u8; 8] = *b"KVARNREC";
@@ -33,7 +34,6 @@ pub const MAGIC: [u8; 8] = *b"KVARNREC";
 pub const FORMAT_VERSION: u32 = 1;
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 72;
-const ROTATION_HADAMARD: u8 = 1;
 
 /// What a saved file says of its records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,20 +69,7 @@ impl Header {
         put(0, &MAGIC);
         put(8, &FORMAT_VERSION.to_le_bytes());
         put(12, &(HEADER_BYTES as u32).to_le_bytes());
-        put(16, &(config.head_dim() as u16).to_le_bytes());
-        put(18, &(config.group() as u16).to_le_bytes());
-        put(
-            20,
-            &[
-                config.key_bits().get() as u8,
-                config.value_bits().get() as u8,
-                ROTATION_HADAMARD,
-                u8::from(config.refit()),
-            ],
-        );
-        put(24, &(config.iterations() as u32).to_le_bytes());
-        put(28, &(config.sink_tokens() as u32).to_le_bytes());
-        put(32, &(config.recent_tokens() as u32).to_le_bytes());
+        put(CONFIG_AT, &config_to_bytes(config));
         put(36, &(config.layout().record_bytes as u32).to_le_bytes());
         put(40, &self.records.to_le_bytes());
         put(48, &(self.records * config.group() as u64).to_le_bytes());
@@ -108,7 +95,6 @@ impl Header {
             ));
         }
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let u16_at = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
         if u32_at(8) != FORMAT_VERSION {
             return format(format!(
@@ -123,25 +109,13 @@ impl Header {
                 u32_at(68)
             ));
         }
-        if u32_at(12) as usize != HEADER_BYTES || bytes[22] != ROTATION_HADAMARD || bytes[23] > 1 {
+        if u32_at(12) as usize != HEADER_BYTES {
             return format(format!(
-                "header of {} bytes, rotation {}, refit {}: expected {HEADER_BYTES}, {ROTATION_HADAMARD}, 0 or 1; read the file with the kvarn release that wrote it",
-                u32_at(12),
-                bytes[22],
-                bytes[23]
+                "header of {} bytes: expected {HEADER_BYTES}; read the file with the kvarn release that wrote it",
+                u32_at(12)
             ));
         }
-        let config = Config::new(&ConfigOptions {
-            head_dim: u16_at(16),
-            group: u16_at(18),
-            key_bits: usize::from(bytes[20]),
-            value_bits: usize::from(bytes[21]),
-            refit: bytes[23] == 1,
-            iterations: u32_at(24) as usize,
-            sink_tokens: Some(u32_at(28) as usize),
-            recent_tokens: u32_at(32) as usize,
-        })
-        .map_err(|error| Error::Format(format!("header: {error}")))?;
+        let config = config_of(bytes)?;
         let header = Self { config, records: u64_at(40), checksum: u32_at(56) };
         let (record_bytes, tokens) =
             (config.layout().record_bytes, header.records.checked_mul(config.group() as u64));

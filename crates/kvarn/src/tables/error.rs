@@ -1,7 +1,7 @@
 //! What the tables refuse, and why.
 
 use super::rule::MAX_TOKENS;
-use super::{SequenceId, StepId};
+use super::{PrefixKey, SequenceId, StepId};
 
 /// What kind of mistake a [`TableError`] is, for callers that map errors to classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +152,38 @@ pub enum TableError {
         /// The open step.
         step: StepId,
     },
+    /// A sequence whose bytes are on the host.
+    #[error("{sequence}, which is offloaded: expected a sequence in the pool; restore it first")]
+    OffloadedSequence {
+        /// The sequence.
+        sequence: SequenceId,
+    },
+    /// A sequence that was to be restored, and is not offloaded.
+    #[error("{sequence}, which is in the pool: expected an offloaded sequence; use it as it is")]
+    ResidentSequence {
+        /// The sequence.
+        sequence: SequenceId,
+    },
+    /// Too few free pages or slots for a sequence that comes from a file or from the host.
+    #[error(
+        "{length} tokens of a saved or offloaded sequence, which need {pages_needed} pages with {pages_free} free and {slots_needed} slots with {slots_free} free: expected them to fit the pool of {pages} pages and {slots} slots; free or offload other sequences, or make the pool larger"
+    )]
+    ImageCapacity {
+        /// Tokens of the sequence.
+        length: usize,
+        /// Pages it needs.
+        pages_needed: usize,
+        /// Pages that are free.
+        pages_free: usize,
+        /// Slots it needs.
+        slots_needed: usize,
+        /// Slots that are free.
+        slots_free: usize,
+        /// All pages of the pool.
+        pages: usize,
+        /// All slots of the pool.
+        slots: usize,
+    },
     /// A step of another pool.
     #[error("{step} of another pool: expected a step of this pool; use the pool that planned it")]
     ForeignStep {
@@ -207,6 +239,40 @@ pub enum TableError {
         /// Sequences given.
         sequences: usize,
     },
+    /// More keys than tiles that can be shared.
+    #[error(
+        "{keys} keys for {sequence}: expected at most {tiles}, its sealed tiles; pass fewer, or publish once more are sealed"
+    )]
+    TooManyKeys {
+        /// The sequence.
+        sequence: SequenceId,
+        /// Keys given.
+        keys: usize,
+        /// Tiles that can be published.
+        tiles: usize,
+    },
+    /// A key that is given twice.
+    #[error(
+        "key {key} at {first} and {second}: expected each key once; derive the key of a tile from that of the tile before it"
+    )]
+    RepeatedKey {
+        /// The key.
+        key: PrefixKey,
+        /// Its first index.
+        first: usize,
+        /// Its second index.
+        second: usize,
+    },
+    /// A tile that is published under another key.
+    #[error(
+        "tile {tile} of {sequence}, which is published under other keys: expected the keys it was published with; pass these"
+    )]
+    PublishedTile {
+        /// The sequence.
+        sequence: SequenceId,
+        /// The tile.
+        tile: usize,
+    },
     /// Too few free pages or slots for a step.
     ///
     /// Sequences are served in batch order, and one that does not fit takes nothing: without those
@@ -242,14 +308,19 @@ impl TableError {
             | Self::StepTooLong
             | Self::OrderLength { .. }
             | Self::OrderIndex { .. }
+            | Self::TooManyKeys { .. }
+            | Self::RepeatedKey { .. }
             | Self::TruncateBeyondLength { .. } => TableErrorKind::Shape,
             Self::ForeignSequence { .. }
             | Self::FreedSequence { .. }
             | Self::SequenceInStep { .. }
+            | Self::OffloadedSequence { .. }
+            | Self::ResidentSequence { .. }
             | Self::ForeignStep { .. }
             | Self::ClosedStep { .. }
+            | Self::PublishedTile { .. }
             | Self::TruncateBelowSealed { .. } => TableErrorKind::State,
-            Self::Capacity { .. } => TableErrorKind::Capacity,
+            Self::Capacity { .. } | Self::ImageCapacity { .. } => TableErrorKind::Capacity,
         }
     }
 }

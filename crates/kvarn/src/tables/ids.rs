@@ -2,22 +2,26 @@
 
 use std::collections::BTreeSet;
 
+use super::published::Published;
+
 /// Ids `0 .. total`, each free or held by a number of references.
 ///
 /// The lowest free id is handed out first: allocation is deterministic and the touched part of a
-/// pool stays as small as its use. The fields are a function of the references alone (the vector
-/// ends at the highest used id), so taking ids and giving them back restores an equal value.
+/// pool stays as small as its use. The fields are a function of the references and publications alone
+/// (the vector ends at the highest used id), so taking ids and giving them back restores an equal value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ids {
     total: usize,
     references: Vec<u32>,
     /// Ids below `references.len()` without a reference.
     free: BTreeSet<usize>,
+    /// Ids that published tiles hold, by one reference each.
+    published: Published,
 }
 
 impl Ids {
     pub(super) fn new(total: usize) -> Self {
-        Self { total, references: Vec::new(), free: BTreeSet::new() }
+        Self { total, references: Vec::new(), free: BTreeSet::new(), published: Published::default() }
     }
 
     pub(super) fn total(&self) -> usize {
@@ -30,6 +34,43 @@ impl Ids {
 
     pub(super) fn unused(&self) -> usize {
         self.total - self.used()
+    }
+
+    /// Ids that are free, or can be made so by giving up what is published.
+    pub(super) fn available(&self) -> usize {
+        self.unused() + self.cached()
+    }
+
+    /// Published ids.
+    pub(super) fn published(&self) -> usize {
+        self.published.len()
+    }
+
+    /// Published ids that have no other reference.
+    pub(super) fn cached(&self) -> usize {
+        self.published.idle()
+    }
+
+    /// Of these, the one to give up first.
+    pub(super) fn first_cached(&self) -> Option<usize> {
+        self.published.first_idle()
+    }
+
+    /// Takes a reference for a published tile to an id that is held.
+    pub(super) fn publish(&mut self, id: usize, rank: u64) {
+        self.retain(id);
+        self.published.rank(id, rank);
+    }
+
+    /// Changes when a published id is given up.
+    pub(super) fn rank(&mut self, id: usize, rank: u64) {
+        self.published.rank(id, rank);
+    }
+
+    /// Gives back the reference of a published tile.
+    pub(super) fn unpublish(&mut self, id: usize) {
+        self.published.remove(id);
+        self.release(id);
     }
 
     /// Takes the lowest free id, with one reference. The caller has checked [`Ids::unused`].
@@ -48,6 +89,9 @@ impl Ids {
     pub(super) fn retain(&mut self, id: usize) {
         assert!(self.references[id] > 0, "id {id} taken while it is free");
         self.references[id] += 1;
+        if self.references[id] == 2 {
+            self.published.taken(id);
+        }
     }
 
     /// Whether more than one reference is held.
@@ -59,6 +103,9 @@ impl Ids {
     pub(super) fn release(&mut self, id: usize) {
         assert!(self.references[id] > 0, "id {id} released more often than it was held");
         self.references[id] -= 1;
+        if self.references[id] == 1 {
+            self.published.left(id);
+        }
         if self.references[id] > 0 {
             return;
         }
@@ -69,7 +116,7 @@ impl Ids {
         }
     }
 
-    #[cfg(test)]
+    /// References held; 0 for a free id.
     pub(super) fn references(&self, id: usize) -> u32 {
         self.references.get(id).copied().unwrap_or(0)
     }
@@ -123,6 +170,34 @@ mod tests {
         assert_eq!((ids.used(), ids.is_shared(id)), (1, false));
         ids.release(id);
         assert_eq!(ids, Ids::new(2));
+    }
+
+    #[test]
+    fn what_only_a_publication_holds_is_available_by_rank() {
+        let mut ids = Ids::new(4);
+        let taken = [ids.allocate(), ids.allocate(), ids.allocate()];
+        for (id, rank) in taken.into_iter().zip([7, 3, 5]) {
+            ids.publish(id, rank);
+        }
+        assert_eq!((ids.published(), ids.cached(), ids.available()), (3, 0, 1));
+        for id in taken {
+            ids.release(id);
+        }
+        assert_eq!((ids.used(), ids.unused(), ids.cached(), ids.available()), (3, 1, 3, 4));
+        assert_eq!(ids.first_cached(), Some(1));
+        ids.retain(1);
+        assert_eq!((ids.first_cached(), ids.available()), (Some(2), 3));
+        ids.rank(1, 1);
+        assert_eq!(ids.first_cached(), Some(2), "an id in use stays out of the order");
+        ids.release(1);
+        assert_eq!(ids.first_cached(), Some(1));
+        ids.rank(1, 9);
+        for expected in [2, 0, 1] {
+            let id = ids.first_cached().unwrap();
+            assert_eq!(id, expected);
+            ids.unpublish(id);
+        }
+        assert_eq!(ids, Ids::new(4));
     }
 
     #[test]

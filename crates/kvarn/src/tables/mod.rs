@@ -15,6 +15,10 @@
 //! - A **step** is one forward pass of a batch: [`Tables::plan_step`] reserves all it needs or
 //!   changes nothing, [`Tables::finish`] makes it the state of its sequences, [`Tables::abandon`]
 //!   takes it back.
+//! - An **offloaded** sequence has lengths, and an image on the host, but no pages and slots.
+//! - A **published** tile is found by its [`PrefixKey`] and those before it: a new sequence starts from
+//!   what is found, in the same pages and sink slot. What nobody else holds is given up when room is
+//!   needed, the least recently used first.
 //!
 //! [`SealRule`] says when a tile is sealed; [`SequenceView::spans`] says where a stored token is
 //! read.
@@ -23,8 +27,13 @@ mod batch;
 mod error;
 mod handle;
 mod ids;
+mod images;
+mod lengths;
 mod plan;
 mod pool;
+mod prefix;
+mod published;
+mod references;
 mod rule;
 mod stats;
 mod step;
@@ -35,7 +44,11 @@ mod view;
 pub use batch::BatchView;
 pub use error::{Lack, TableError, TableErrorKind};
 pub use handle::{SequenceId, StepId};
+pub use images::HostImage;
+pub use lengths::Lengths;
 pub use pool::Tables;
+pub use prefix::{PrefixCounts, PrefixKey};
+pub use references::References;
 pub use rule::{MAX_TOKENS, SealRule};
 pub use stats::{Stats, Usage};
 pub use step::{Seal, SealSource, SequencePlan, SlotCopy, SlotWrite, StepPlan};

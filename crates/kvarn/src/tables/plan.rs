@@ -15,7 +15,8 @@ use super::{
 impl Tables {
     /// Plans a step that appends `counts[i]` tokens to `sequences[i]` and keeps the newest
     /// `hold[i]` of them uncommitted; what was held before is committed. Pages and slots are
-    /// reserved for all of it, or nothing changes.
+    /// reserved for all of it, or nothing changes. Where too few are free, published tiles that nobody
+    /// holds are given up; [`abandon`](Self::abandon) does not bring them back.
     ///
     /// A count may be 0: such a sequence only commits what it held, if anything. The sequences stay as they
     /// are until [`finish`](Self::finish), and no other call changes them until then. A dropped
@@ -28,6 +29,8 @@ impl Tables {
     ) -> Result<Arc<StepPlan>, TableError> {
         let demands = self.check_batch(sequences, counts, hold)?;
         self.check_capacity(sequences, &demands)?;
+        let total = |needed: fn(&Demand) -> usize| demands.iter().map(needed).sum();
+        self.make_room(total(|demand| demand.pages), total(|demand| demand.slots));
 
         let id = StepId { pool: self.pool, serial: self.next_step };
         self.next_step += 1;
@@ -143,7 +146,7 @@ impl Tables {
     }
 
     fn check_capacity(&self, sequences: &[SequenceId], demands: &[Demand]) -> Result<(), TableError> {
-        let (mut pages_free, mut slots_free) = (self.pages.unused(), self.slots.unused());
+        let (mut pages_free, mut slots_free) = (self.pages.available(), self.slots.available());
         let mut lacking = Vec::new();
         for (index, (&sequence, demand)) in sequences.iter().zip(demands).enumerate() {
             let (pages_needed, slots_needed) = (demand.pages, demand.slots);

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::ids::Ids;
+use super::prefix::Prefixes;
 use super::rule::MAX_TOKENS;
-use super::{SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle};
+use super::{
+    HostImage, SealRule, SequenceId, SequenceView, Stats, StepId, StepPlan, TableError, Usage, handle,
+};
 
 /// The tables of one pool.
 ///
 /// Each entry of a sequence's tables is one reference to its page or slot; an open step holds one
-/// reference to each page and slot that it adds. Every call either does all it says or changes
+/// reference to each page and slot that it adds, a published tile one to its page and to its sink slot. Every call either does all it says or changes
 /// nothing.
 #[derive(Debug)]
 pub struct Tables {
@@ -22,12 +25,15 @@ pub struct Tables {
     pub(super) open_steps: BTreeMap<u64, Arc<StepPlan>>,
     pub(super) next_sequence: u64,
     pub(super) next_step: u64,
+    pub(super) prefixes: Prefixes,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Sequence {
     pub(super) view: SequenceView,
     pub(super) step: Option<StepId>,
+    /// Where its bytes are, if they are not in the pool.
+    pub(super) offloaded: Option<HostImage>,
 }
 
 impl Tables {
@@ -49,6 +55,7 @@ impl Tables {
             open_steps: BTreeMap::new(),
             next_sequence: 0,
             next_step: 0,
+            prefixes: Prefixes::default(),
         })
     }
 
@@ -142,7 +149,12 @@ impl Tables {
 
     /// Forgets a sequence and gives back its pages and slots. Refused in an open step.
     pub fn free(&mut self, id: SequenceId) -> Result<(), TableError> {
-        self.idle(id)?;
+        let sequence = self.sequence(id)?;
+        let (view, offloaded) = (sequence.view.clone(), sequence.offloaded.is_some());
+        if !offloaded {
+            self.idle(id)?;
+        }
+        self.note_use(&view);
         self.replace_view(id, SequenceView::default());
         self.sequences.remove(&id.serial);
         Ok(())
@@ -150,21 +162,29 @@ impl Tables {
 
     /// How full the pool is.
     pub fn stats(&self) -> Stats {
-        let usage = |ids: &Ids| Usage { total: ids.total(), used: ids.used(), free: ids.unused() };
+        let usage = |ids: &Ids| Usage {
+            total: ids.total(),
+            used: ids.total() - ids.available(),
+            free: ids.available(),
+            published: ids.published(),
+            cached: ids.cached(),
+        };
         Stats {
             pages: usage(&self.pages),
             slots: usage(&self.slots),
             sequences: self.sequences.len(),
             tokens: self.sequences.values().map(|sequence| sequence.view.length).sum(),
             open_steps: self.open_steps.len(),
+            prefixes: self.prefixes.counts(),
         }
     }
 
-    /// The sequence, outside open steps.
+    /// The sequence, in the pool and outside open steps.
     pub(super) fn idle(&self, id: SequenceId) -> Result<&Sequence, TableError> {
         let sequence = self.sequence(id)?;
         match sequence.step {
             Some(step) => Err(TableError::SequenceInStep { sequence: id, step }),
+            None if sequence.offloaded.is_some() => Err(TableError::OffloadedSequence { sequence: id }),
             None => Ok(sequence),
         }
     }
@@ -185,7 +205,7 @@ impl Tables {
     }
 
     /// Counts the references of one more sequence with these tables.
-    fn retain(&mut self, view: &SequenceView) {
+    pub(super) fn retain(&mut self, view: &SequenceView) {
         for (ids, table) in [(&mut self.pages, &view.block_table), (&mut self.slots, &view.slot_table)] {
             for &id in table.iter().filter(|&&id| id >= 0) {
                 ids.retain(id as usize);
@@ -193,7 +213,7 @@ impl Tables {
         }
     }
 
-    fn sequence(&self, id: SequenceId) -> Result<&Sequence, TableError> {
+    pub(super) fn sequence(&self, id: SequenceId) -> Result<&Sequence, TableError> {
         if id.pool != self.pool {
             return Err(TableError::ForeignSequence { sequence: id });
         }
@@ -216,6 +236,7 @@ pub(super) fn release_missing(ids: &mut Ids, from: &Arc<Vec<i32>>, to: &Arc<Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tables::PrefixCounts;
 
     const GROUP: usize = 8;
 
@@ -324,11 +345,12 @@ mod tests {
         assert_eq!(
             tables.stats(),
             Stats {
-                pages: Usage { total: 8, used: 2, free: 6 },
-                slots: Usage { total: 8, used: 2, free: 6 },
+                pages: Usage { total: 8, used: 2, free: 6, published: 0, cached: 0 },
+                slots: Usage { total: 8, used: 2, free: 6, published: 0, cached: 0 },
                 sequences: 2,
                 tokens: 24,
                 open_steps: 1,
+                prefixes: PrefixCounts::default(),
             }
         );
     }

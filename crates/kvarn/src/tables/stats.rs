@@ -1,14 +1,20 @@
 //! How full a pool is.
 
+use super::PrefixCounts;
+
 /// Use of one kind of physical id, pages or slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
     /// All ids of the pool.
     pub total: usize,
-    /// Ids with at least one reference, those reserved by open steps included.
+    /// Ids that a sequence or an open step holds.
     pub used: usize,
-    /// Ids that the next step may take: `total - used`.
+    /// Ids that the next step may take, those that are cached included: `total - used`.
     pub free: usize,
+    /// Ids of published tiles, in use or cached.
+    pub published: usize,
+    /// Ids of published tiles that no sequence and no open step holds: they stay until they are needed.
+    pub cached: usize,
 }
 
 /// Use of a pool at one moment.
@@ -24,4 +30,6 @@ pub struct Stats {
     pub tokens: usize,
     /// Steps planned and neither finished nor abandoned.
     pub open_steps: usize,
+    /// What became of published tiles and of requests for them.
+    pub prefixes: PrefixCounts,
 }

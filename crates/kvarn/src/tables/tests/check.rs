@@ -8,11 +8,35 @@ use crate::tables::{Place, SequenceView, StepPlan, Tables};
 
 /// Everything a call that fails, or a step taken back, must leave as it was.
 pub(super) fn state(tables: &Tables) -> impl PartialEq + std::fmt::Debug + use<> {
-    (tables.pages.clone(), tables.slots.clone(), tables.sequences.clone(), tables.open_steps.clone())
+    let Tables { pages, slots, sequences, open_steps, prefixes, .. } = tables;
+    (pages.clone(), slots.clone(), sequences.clone(), open_steps.clone(), prefixes.clone())
 }
 
 impl World {
     pub(super) fn check(&mut self) {
+        let (mut page_references, mut slot_references) = self.references();
+        self.check_published(&mut page_references, &mut slot_references);
+        check_references(&self.tables.pages, &page_references, &mut self.pages);
+        check_references(&self.tables.slots, &slot_references, &mut self.slots);
+        for model in &self.models {
+            let view = self.tables.view(model.id).unwrap();
+            assert_eq!((view.length, view.committed), (model.tokens.len(), model.committed));
+            assert_eq!(self.read(view), model.values());
+            for span in view.spans(&self.rule) {
+                for position in span.position..span.position + span.count {
+                    let from_page = model.tokens[position].sealed && position >= self.rule.sink_tokens();
+                    assert_eq!(matches!(span.place, Place::Page(_)), from_page, "position {position}");
+                }
+            }
+        }
+        let tokens: usize = self.models.iter().map(|model| model.tokens.len()).sum();
+        let stats = self.tables.stats();
+        assert_eq!((stats.tokens, stats.sequences), (tokens, self.models.len()));
+        assert_eq!(stats.open_steps, self.open.len());
+    }
+
+    /// References of sequences and open steps to each page and each slot.
+    pub(super) fn references(&self) -> (Vec<u32>, Vec<u32>) {
         let mut page_references = vec![0; self.pages.len()];
         let mut slot_references = vec![0; self.slots.len()];
         let mut count = |views: &[&SequenceView]| {
@@ -33,23 +57,7 @@ impl World {
             };
             assert!(slots <= self.rule.slot_bound(model.largest_hold), "{slots} slots of {model:?}");
         }
-        check_references(&self.tables.pages, &page_references, &mut self.pages);
-        check_references(&self.tables.slots, &slot_references, &mut self.slots);
-        for model in &self.models {
-            let view = self.tables.view(model.id).unwrap();
-            assert_eq!((view.length, view.committed), (model.tokens.len(), model.committed));
-            assert_eq!(self.read(view), model.values());
-            for span in view.spans(&self.rule) {
-                for position in span.position..span.position + span.count {
-                    let from_page = model.tokens[position].sealed && position >= self.rule.sink_tokens();
-                    assert_eq!(matches!(span.place, Place::Page(_)), from_page, "position {position}");
-                }
-            }
-        }
-        let tokens: usize = self.models.iter().map(|model| model.tokens.len()).sum();
-        let stats = self.tables.stats();
-        assert_eq!((stats.tokens, stats.sequences), (tokens, self.models.len()));
-        assert_eq!(stats.open_steps, self.open.len());
+        (page_references, slot_references)
     }
 
     /// The values of a sequence, by position.

@@ -3,6 +3,7 @@
 
 mod check;
 mod model;
+mod prefix;
 mod world;
 
 use proptest::prelude::*;
@@ -20,6 +21,9 @@ enum Op {
     Free { pick: usize },
     Fork { pick: usize },
     Reorder { picks: Vec<(usize, usize)> },
+    Publish { pick: usize, letters: Vec<u8> },
+    Start { letters: Vec<u8> },
+    Unpublish,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -36,11 +40,19 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         ]).prop_map(|(picks, close)| Op::Plan { picks, close }),
         2 => (pick.clone(), any::<bool>()).prop_map(|(pick, finish)| Op::Close { pick, finish }),
         3 => (pick.clone(), 0..12_usize).prop_map(|(pick, drop)| Op::Truncate { pick, drop }),
-        1 => pick.clone().prop_map(|pick| Op::Free { pick }),
+        3 => pick.clone().prop_map(|pick| Op::Free { pick }),
         3 => pick.clone().prop_map(|pick| Op::Fork { pick }),
-        1 => prop::collection::vec((pick.clone(), pick), 0..4).prop_map(|picks| Op::Reorder { picks }),
+        1 => prop::collection::vec((pick.clone(), pick.clone()), 0..4).prop_map(|picks| Op::Reorder { picks }),
+        4 => (pick, letters()).prop_map(|(pick, letters)| Op::Publish { pick, letters }),
+        3 => letters().prop_map(|letters| Op::Start { letters }),
+        1 => prop_oneof![9 => Just(Op::Create), 1 => Just(Op::Unpublish)],
     ];
     prop::collection::vec(op, 1..60)
+}
+
+/// Few different ones, so that sequences meet under a key.
+fn letters() -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec(prop_oneof![2 => Just(0_u8), 1 => 1..3_u8], 0..7)
 }
 
 fn rules() -> impl Strategy<Value = SealRule> {
@@ -74,6 +86,29 @@ proptest! {
             world.check();
         }
         prop_assert_eq!((world.tables.stats().pages.used, world.tables.stats().slots.used), (0, 0));
+        world.run(&Op::Unpublish);
+        prop_assert_eq!((world.tables.pages.unused(), world.tables.slots.unused()), (pages, slots));
+    }
+
+    #[test]
+    fn requests_for_prefixes_in_a_small_pool_agree_with_the_model(
+        sink_tokens in 0..5_usize,
+        pages in 2..16_usize,
+        slots in 3..8_usize,
+        requests in prop::collection::vec((letters(), any::<bool>(), any::<bool>()), 1..40),
+    ) {
+        let rule = SealRule::new(4, sink_tokens.min(4), 0).unwrap();
+        let mut world = World::new(rule, pages, slots);
+        for (letters, look, keep) in requests {
+            let pick = world.models.len();
+            world.run(&if look { Op::Start { letters: letters.clone() } } else { Op::Create });
+            let count = letters.len() * rule.group() - world.models[pick].tokens.len();
+            world.run(&Op::Plan { picks: vec![(pick, count, 0)], close: Some(true) });
+            world.run(&Op::Publish { pick, letters });
+            if !keep || world.models.len() > 2 {
+                world.run(&Op::Free { pick: if keep { 0 } else { pick } });
+            }
+        }
     }
 
     #[test]
@@ -88,11 +123,13 @@ proptest! {
             world.run(op);
         }
         let before = state(&world.tables);
+        let published = world.published.len();
         if world.plan(&picks) {
             prop_assert!(state(&world.tables) != before);
             world.close(world.open.len() - 1, false);
         }
-        prop_assert_eq!(state(&world.tables), before);
+        // What was given up for the step does not come back.
+        prop_assert!(state(&world.tables) == before || world.published.len() < published);
     }
 }
 

@@ -1,10 +1,12 @@
 //! A pool, its memory of token values and the model of each sequence, moved together.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Op;
 use super::check::{deep_copy, deep_copy_view, state};
 use super::model::{Model, Token, needs};
+use super::prefix::PublishedTile;
 use crate::tables::{SealRule, SealSource, SequenceId, StepPlan, TableError, TableErrorKind, Tables};
 
 /// What a freed or fresh piece of memory holds: reading it is a failure.
@@ -25,6 +27,9 @@ pub(super) struct World {
     pub(super) open: Vec<OpenStep>,
     pub(super) slots: Vec<Vec<u64>>,
     pub(super) pages: Vec<Vec<u64>>,
+    /// Published tiles, by the letters on the way to them.
+    pub(super) published: BTreeMap<Vec<u8>, PublishedTile>,
+    pub(super) clock: u64,
     next_value: u64,
 }
 
@@ -38,6 +43,8 @@ impl World {
             open: Vec::new(),
             slots: vec![tile.clone(); slots],
             pages: vec![tile; pages],
+            published: BTreeMap::new(),
+            clock: 0,
             next_value: 0,
         }
     }
@@ -70,6 +77,9 @@ impl World {
             Op::Free { pick } => self.free(*pick),
             Op::Fork { pick } => self.fork(*pick),
             Op::Reorder { picks } => self.reorder(picks),
+            Op::Publish { pick, letters } => self.publish(*pick, letters),
+            Op::Start { letters } => self.start(letters),
+            Op::Unpublish => self.unpublish(),
         }
         self.check();
     }
@@ -91,37 +101,46 @@ impl World {
             return false;
         }
         let before = state(&self.tables);
-        let unused = (self.tables.pages.unused(), self.tables.slots.unused());
-        let (pages, slots) = batch
-            .iter()
-            .map(|&(index, count, hold)| {
-                needs(&self.rule, &self.models[index], count, hold, self.shares_its_tail(index))
-            })
-            .fold((0, 0), |sum, need| (sum.0 + need.0, sum.1 + need.1));
+        let available = self.available();
+        let (pages, slots) = self.needs_of(&batch);
 
         match self.plan_batch(&batch) {
             Ok(plan) => {
-                assert!(pages <= unused.0 && slots <= unused.1);
-                assert_eq!(self.tables.pages.unused(), unused.0 - pages);
-                assert_eq!(self.tables.slots.unused(), unused.1 - slots);
+                assert!(pages <= available.0 && slots <= available.1);
+                self.make_room(pages, slots);
+                assert_eq!(self.tables.pages.available(), available.0 - pages);
+                assert_eq!(self.tables.slots.available(), available.1 - slots);
                 self.append(&batch, plan);
                 true
             }
             Err(error) => {
                 assert_eq!(error.kind(), TableErrorKind::Capacity);
-                assert!(pages > unused.0 || slots > unused.1, "refused a step that fits: {error}");
+                assert!(pages > available.0 || slots > available.1, "refused a step that fits: {error}");
                 assert_eq!(state(&self.tables), before);
                 let TableError::Capacity { lacking, .. } = error else { unreachable!() };
                 batch
                     .retain(|(index, ..)| lacking.iter().all(|lack| lack.sequence != self.models[*index].id));
                 if !batch.is_empty() {
+                    let (pages, slots) = self.needs_of(&batch);
                     let plan = self.plan_batch(&batch).expect("the step fits without those listed");
                     self.tables.abandon(plan.id).unwrap();
-                    assert_eq!(state(&self.tables), before);
+                    if !self.make_room(pages, slots) {
+                        assert_eq!(state(&self.tables), before);
+                    }
                 }
                 false
             }
         }
+    }
+
+    /// Pages and slots that a step takes.
+    fn needs_of(&self, batch: &[(usize, usize, usize)]) -> (usize, usize) {
+        batch
+            .iter()
+            .map(|&(index, count, hold)| {
+                needs(&self.rule, &self.models[index], count, hold, self.shares_its_tail(index))
+            })
+            .fold((0, 0), |sum, need| (sum.0 + need.0, sum.1 + need.1))
     }
 
     fn plan_batch(&mut self, batch: &[(usize, usize, usize)]) -> Result<Arc<StepPlan>, TableError> {
@@ -191,7 +210,8 @@ impl World {
         }
     }
 
-    /// Whether another sequence, as it is or as an open step makes it, has the slot of this one's last tile.
+    /// Whether another sequence, as it is or as an open step makes it, or a published tile has the slot of this one's last
+    /// tile.
     fn shares_its_tail(&self, index: usize) -> bool {
         let id = self.models[index].id;
         let Some(&slot) = self.tables.view(id).unwrap().slot_table.last() else { return false };
@@ -200,7 +220,9 @@ impl World {
         let mut views = others
             .map(|model| self.tables.view(model.id).unwrap())
             .chain(planned.filter(|plan| plan.id != id).map(|plan| &plan.after));
-        slot >= 0 && views.any(|view| view.slot_table.contains(&slot))
+        let mut published = self.published.values().filter_map(|tile| tile.slot);
+        slot >= 0
+            && (views.any(|view| view.slot_table.contains(&slot)) || published.any(|id| id as i32 == slot))
     }
 
     fn fork(&mut self, pick: usize) {
@@ -270,6 +292,7 @@ impl World {
         }
         let index = pick % self.models.len();
         let before = state(&self.tables);
+        let used = self.last_published(index);
         let result = self.tables.free(self.models[index].id);
         if self.models[index].open {
             assert!(matches!(result, Err(TableError::SequenceInStep { .. })));
@@ -278,6 +301,7 @@ impl World {
             result.unwrap();
             let id = self.models.remove(index).id;
             assert_eq!(self.tables.view(id), Err(TableError::FreedSequence { sequence: id }));
+            self.use_way(&used);
         }
     }
 }
