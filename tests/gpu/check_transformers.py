@@ -1,17 +1,28 @@
-"""transformers on the GPU: `python tests/gpu/check_transformers.py`.
+"""transformers on the GPU: `python tests/gpu/check_transformers.py [--matrix full]`.
 
 Small random models in half precision generate through `KVarNCache` under "kvarn" (fused kernels) and under
 "sdpa" (the same cache, decoded for every call). Logits must agree to a few roundings of the model's type
 (which now and then flip a code in the next layer) up to the first token that differs, the fused path must
-decode nothing, and a cache that keeps everything in slots must agree with a DynamicCache. The exit status
-is 1 if anything failed.
+decode nothing, and a cache that keeps everything in slots must agree with a DynamicCache.
+
+Then the matrix of models and ways to generate, as tests/python/transformers/test_matrix.py has it for the CPU
+(a choice that holds every pair of values, or every combination), and peak memory against the figure of
+`kvarn.capacity`. The exit status is 1 if anything failed.
 """
 
+import argparse
+import pathlib
 import sys
+import traceback
 
 import torch
 from kvarn import KVarNCache
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "python" / "transformers"))
+
+import matrix
+import peak_memory
 
 SHAPE = {
     "vocab_size": 199,
@@ -54,7 +65,8 @@ def distance(a, b):
     return worst, steps
 
 
-def main():
+def check_fused():
+    """Returns cases and failures of the fused path against the decoded one."""
     failed = cases = 0
     for family, config_class in ((LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)):
         for dtype, limit in ((torch.float16, 6e-3), (torch.bfloat16, 3e-2)):
@@ -89,6 +101,56 @@ def main():
                 f"{'FAILED' if bad else 'ok'} {family.__name__} {dtype} padded, unquantised: "
                 f"{worst:.1e}, {steps} steps"
             )
+    return cases, failed
+
+
+def check_matrix(full):
+    """Returns cases and failures of the matrix, and prints its table."""
+    counts, failures = {}, 0
+    for cell in matrix.every_cell("cuda") if full else matrix.covering_cells("cuda"):
+        passed, run = counts.get((cell.model, cell.mode), (0, 0))
+        try:
+            matrix.check(cell, "cuda")
+            passed += 1
+            print(f"ok {cell}", flush=True)
+        except Exception as error:
+            failures += 1
+            print(f"FAILED {cell}: {type(error).__name__}: {error}", flush=True)
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+        counts[cell.model, cell.mode] = passed, run + 1
+    print(matrix.table(counts))
+    return sum(run for _, run in counts.values()), failures
+
+
+def check_memory():
+    """Returns cases and failures of peak memory, and prints the figures."""
+    failed = 0
+    for rows, tokens, chunk in ((1, 65536, 2048), (8, 8192, 512)):
+        found = peak_memory.measure_all("cuda", layers=16, rows=rows, tokens=tokens, chunk=chunk)
+        bad = found["kvarn"] > peak_memory.limit(found) or found["pool"] > found["capacity"]
+        failed += bad
+        figures = {name: round(count / 1e6, 1) for name, count in found.items()}
+        print(
+            f"{'FAILED' if bad else 'ok'} peak memory in MB, {rows} × {tokens} tokens in chunks of {chunk}: "
+            f"{figures}, limit {peak_memory.limit(found) / 1e6:.1f}",
+            flush=True,
+        )
+    return 2, failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--matrix", choices=("pairs", "full"), default="pairs")
+    full = parser.parse_args().matrix == "full"
+    cases = failed = 0
+    for part in (check_fused, lambda: check_matrix(full), check_memory):
+        try:
+            ran, bad = part()
+        except Exception:
+            traceback.print_exc()
+            ran, bad = 1, 1
+        cases, failed = cases + ran, failed + bad
     print(f"{cases} cases, {failed} failed")
     sys.exit(failed > 0)
 

@@ -20,8 +20,8 @@ import torch
 
 HERE = pathlib.Path(__file__).parent
 SCRIPTS = ("check.py", "check_golden.py", "check_long.py --no-times", "check_transformers.py")
-# Kernels of torch may read what nobody wrote: only ours are watched for that, and what copies read, which torch's kernels
-# may have written unwatched, is not.
+# Kernels of torch may read what nobody wrote: only ours are watched for that. What copies read is not watched
+# either, as torch's kernels may have written it unseen.
 TOOLS = {
     "memcheck": [],
     "racecheck": [],

@@ -1,6 +1,30 @@
+import matrix
 import pytest
 import torch
 from tiny_models import CASES, FAMILIES, tiny
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--matrix",
+        choices=("pairs", "full"),
+        default="pairs",
+        help="of models and ways to generate: a choice that holds every pair of values, or every combination",
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the matrix: how many combinations passed of those that ran."""
+    counts = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for key, cell in getattr(report, "user_properties", ()):
+                if key == "cell" and report.when == "call":
+                    passed, run = counts.get(tuple(cell), (0, 0))
+                    counts[tuple(cell)] = passed + (outcome == "passed"), run + 1
+    if counts:
+        terminalreporter.section("combinations that passed, by model and way to generate")
+        terminalreporter.write_line(matrix.table(counts))
 
 
 @pytest.fixture(scope="session", autouse=True)

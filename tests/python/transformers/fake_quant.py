@@ -51,11 +51,11 @@ class FakeQuantLayer(DynamicLayer):
                 if tile * group < codec.sink_tokens:
                     self.sinks[row] = keys[row, :, at].clone(), values[row, :, at].clone()
                 decoded = kvarn.decode(
-                    kvarn.encode(keys[row, :, at].contiguous(), values[row, :, at].contiguous(), codec), codec
+                    kvarn.encode(*(x[row, :, at].cpu().contiguous() for x in (keys, values)), codec), codec
                 )
                 read = slice(pad + first, at.stop)
                 for states, tensor in zip((keys, values), decoded, strict=True):
-                    states[row, :, read] = torch.as_tensor(tensor)[:, first - tile * group :].to(states.dtype)
+                    states[row, :, read] = torch.as_tensor(tensor)[:, first - tile * group :].to(states)
         return keys, values
 
     def crop(self, tokens_to_remove):
@@ -75,19 +75,11 @@ class FakeQuantLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self._select([row for row in range(len(self.sealed)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self._select(indices.tolist())
-
-    def _select(self, rows):
+        rows = beam_idx.tolist()
         self.sealed = [self.sealed[row] for row in rows]
         self.sinks = [self.sinks[row] for row in rows]
+        if self.padding is not None:
+            self.padding = [self.padding[row] for row in rows]
 
 
 class FakeQuantCache(Cache):
@@ -107,3 +99,11 @@ class FakeQuantCache(Cache):
             for kind, arguments in zip(types, options, strict=True)
         ]
         super().__init__(layers=layers)
+
+    def batch_select_indices(self, indices):
+        # Linear layers of transformers can be reordered, and nothing else.
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        rows = next(len(layer.sealed) for layer in self.layers if isinstance(layer, FakeQuantLayer))
+        self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))

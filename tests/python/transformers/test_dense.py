@@ -45,7 +45,8 @@ def test_chunk(monkeypatch, window, softcap, sinks, scores):
     monkeypatch.setattr(dense, "_SCORES", scores)
     q, k, v, sink_logits = tensors(23)
     options = {"scale": 0.3, "softcap": softcap, "sink_logits": sink_logits if sinks else None}
-    out, lse = dense.chunk_attention(q, k, v, dense.Scoring(window=window, **options))
+    blocks = dense.chunk_attention(q, k, v, dense.Scoring(window=window, **options))
+    out, lse = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     expected, expected_lse = plain(q, k, v, seen_by(23, 23, window), **options)
     torch.testing.assert_close(out, expected.float())
     torch.testing.assert_close(lse, expected_lse.float())
@@ -73,7 +74,8 @@ def test_masked(monkeypatch, window, softcap, sinks, scores):
     torch.testing.assert_close(out[0][some], expected.float()[some])
 
 
-def test_merge():
+@pytest.mark.parametrize("blocks", [[23], [5, 17, 1]])
+def test_the_past_is_added_in_place(blocks):
     q, k, v, _ = tensors(23, 40)
     seen, options = seen_by(23, 40, 15), {"scale": 0.3, "softcap": None, "sink_logits": None}
     past, own = seen.clone(), seen.clone()
@@ -84,5 +86,11 @@ def test_merge():
     # Late queries see nothing of the past: -inf, and whatever output.
     assert past_lse.isinf().any()
     out, lse = plain(q, k, v, own, **options)
-    merged = dense.merge(out.float(), lse.float(), past_out.nan_to_num().float(), past_lse.float())
-    torch.testing.assert_close(merged, expected.float())
+    # The row's tokens lie between those of others.
+    rows = torch.full((30, 6, 16), 7.0), torch.full((30, 6), 7.0)
+    rows[0][4:27], rows[1][4:27] = past_out.nan_to_num(), past_lse
+    own = zip(out.float().split(blocks), lse.float().split(blocks), strict=True)
+    assert dense.add_past(own, *rows, first=4) == 27
+    torch.testing.assert_close(rows[0][4:27], expected.float())
+    assert (rows[0][:4] == 7).all()
+    assert (rows[0][27:] == 7).all()

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 
 from kvarn import ConfigError, Pool, ShapeError
-from kvarn.integrations.transformers.errors import UnsupportedError
+from kvarn.integrations.transformers import stock
+from kvarn.integrations.transformers.kinds import layer_kinds
 from kvarn.integrations.transformers.layer import KVarNLayer
 from kvarn.integrations.transformers.rows import Rows, Settings
 
@@ -17,8 +18,9 @@ from kvarn.integrations.transformers.rows import Rows, Settings
 class KVarNCache(Cache):
     """A KV cache that stores the full-attention layers of a model as KVarN records.
 
-    Layers of other types (sliding, chunked, linear) keep transformers' own classes. Address space is
-    reserved for max_rows × max_tokens at the first forward pass, and memory taken as tokens arrive.
+    Layers of other types (sliding, chunked, linear) keep transformers' own classes: what those cannot do, as
+    `crop` with a linear layer, the whole cache refuses. Address space is reserved for max_rows × max_tokens
+    at the first forward pass, and memory taken as tokens arrive.
 
     Rows can be forked: beams, `batch_repeat_interleave` and ``copy.deepcopy`` share what was stored, and
     nothing is copied but a last, unfinished tile when one of them goes on.
@@ -48,7 +50,8 @@ class KVarNCache(Cache):
         recent_tokens: committed tokens that stay in 16 bit.
 
     Raises:
-        UnsupportedError: the model has no full-attention layer.
+        UnsupportedError: the model has no full-attention layer, or they do not cache keys and values (latent
+            attention).
         ConfigError: the preset, or another argument, is not supported.
     """
 
@@ -67,12 +70,7 @@ class KVarNCache(Cache):
         recent_tokens: int = 0,
     ) -> None:
         decoder = config.get_text_config(decoder=True)
-        types, options = get_layer_types_and_kwargs(decoder)
-        if "full_attention" not in types:
-            raise UnsupportedError(
-                f"{type(decoder).__name__} has layers of type {', '.join(sorted(set(types)))}: expected at "
-                "least one full_attention layer to store as records; use a DynamicCache"
-            )
+        self._kinds = layer_kinds(decoder)
         settings = _settings(
             decoder,
             preset,
@@ -86,20 +84,21 @@ class KVarNCache(Cache):
             recent_tokens,
         )
         settings.codec(_ANY_HEAD_DIM)
-        full = [index for index, kind in enumerate(types) if kind == "full_attention"]
-        # Up to transformers 5.19 the layers of a type share their options.
-        per_layer = [options] * len(types) if isinstance(options, dict) else options
-        self._rows = Rows(settings, [_shape(decoder, index) for index in full], sharing=_shares(decoder))
+        full = [index for index, kind in enumerate(self._kinds) if kind.full]
+        self._rows = Rows(
+            settings,
+            [_shape(decoder, index) for index in full],
+            sharing=_shares(decoder),
+            numbers=full,
+        )
 
         def reads_handles() -> bool:
             return bool(decoder._attn_implementation == "kvarn")
 
         super().__init__(
             layers=[
-                KVarNLayer(self._rows, full.index(index), reads_handles)
-                if kind == "full_attention"
-                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**per_layer[index])
-                for index, kind in enumerate(types)
+                KVarNLayer(self._rows, full.index(index), reads_handles) if kind.full else kind.make()
+                for index, kind in enumerate(self._kinds)
             ]
         )
 
@@ -118,14 +117,19 @@ class KVarNCache(Cache):
 
         Exact for columns that are not sealed, at least the `hold` newest of the last step, and for the first
         tile where there are sinks. A cut into another record decodes what is kept of that tile, in 16 bit; it
-        is sealed again when it is full. See `kvarn.Pool.truncate`.
+        is sealed again when it is full. See `kvarn.Pool.truncate`. Sliding layers forget what leaves their
+        window: call `activate_past_recording` before the forward pass whose columns are to be removed, as
+        `generate` does for its drafts.
 
         Args:
             tokens_to_remove: 0 or the negative number of columns; all columns if it is more.
 
         Raises:
             ShapeError: the number is positive.
-            CapacityError: there is no memory for a tile that is decoded; nothing is changed.
+            CapacityError: there is no memory for a tile that is decoded.
+            UnsupportedError: a layer keeps a state from which tokens cannot be removed.
+            RuntimeError: a sliding or convolution layer did not record its past.
+            In each case nothing is changed.
         """
         # Some versions of transformers count the rejected drafts in a tensor.
         tokens_to_remove = int(tokens_to_remove)
@@ -134,9 +138,20 @@ class KVarNCache(Cache):
                 f"crop({tokens_to_remove}): expected 0, or the number of tokens to remove as a negative "
                 "number"
             )
-        with self._rows.crop(-tokens_to_remove):
-            for layer in self._others():
-                layer.crop(tokens_to_remove)
+        remove = -tokens_to_remove
+        with self._rows.crop(remove):
+            if remove and remove >= self._rows.columns:
+                self._renew_others()
+            else:
+                stock.crop(self._others(), remove)
+
+    def reset(self) -> None:
+        """Forget all rows and give the pool back; the next forward pass may have another batch and dtype."""
+        self._rows.close()
+        for layer in self.layers:
+            if isinstance(layer, KVarNLayer):
+                layer.reset()
+        self._renew_others()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row beam_idx[i] was; a row may come several times.
@@ -144,9 +159,7 @@ class KVarNCache(Cache):
         Raises:
             CapacityError: more rows than max_rows; nothing is changed.
         """
-        self._rows.select(beam_idx)
-        for layer in self._others():
-            layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that indices name (integers, or a bool mask), in that order, and free the others.
@@ -154,9 +167,8 @@ class KVarNCache(Cache):
         Raises:
             CapacityError: more rows than max_rows; nothing is changed.
         """
-        self._rows.select(indices)
-        for layer in self._others():
-            layer.batch_select_indices(indices)
+        if self.pool is not None:
+            self._select(torch.arange(len(self._rows.sequences))[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row.
@@ -169,12 +181,21 @@ class KVarNCache(Cache):
             raise ShapeError(
                 f"batch_repeat_interleave({repeats}): expected at least 1; reset() drops all rows"
             )
-        self._rows.select(torch.arange(len(self._rows.sequences)).repeat_interleave(repeats))
-        for layer in self._others():
-            layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(len(self._rows.sequences)).repeat_interleave(repeats))
 
-    def _others(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, KVarNLayer)]
+    def _select(self, indices: Tensor) -> None:
+        self._rows.select(indices)
+        for layer in self._others().values():
+            # Of all stock layers only this takes any number of rows.
+            layer.reorder_cache(indices)
+
+    def _others(self) -> dict[int, Any]:
+        return {number: self.layers[number] for number, kind in enumerate(self._kinds) if not kind.full}
+
+    def _renew_others(self) -> None:
+        """Put empty layers in their place; versions differ in what `reset` of a stock layer leaves behind."""
+        for number in self._others():
+            self.layers[number] = self._kinds[number].make()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVarNCache":
         """Return a cache of its own with the same rows, in the same pool.

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from kvarn.integrations.transformers.dense import (
     Scoring,
+    add_past,
     causal_attention,
     causal_mask,
     chunk_attention,
     masked_attention,
-    merge,
 )
 from kvarn.integrations.transformers.forward import ForwardPass
 
@@ -77,9 +77,11 @@ class Chunk:
             return step.attend(self.layer, q, *options, scoring.sink_logits)
         past, past_norm = step.attend(self.layer, q, *options, return_lse=True)
         # The sink logits take part once, with the own chunk.
-        own, own_norm = zip(*(chunk_attention(*row, scoring) for row in self._rows(q)), strict=True)
+        first = 0
+        for row in self._rows(q):
+            first = add_past(chunk_attention(*row, scoring), past, past_norm, first)
         self._append()
-        return merge(torch.cat(own), torch.cat(own_norm), past, past_norm).to(q.dtype)
+        return past
 
     def _prompt(self, query: Tensor, q: Tensor, scoring: Scoring) -> Tensor:
         if self.forward.kept is None:

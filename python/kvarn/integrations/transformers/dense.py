@@ -1,5 +1,6 @@
 """Dense attention over raw K and V: a prompt without a past, and the own part of a chunk behind a past."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,8 @@ class Scoring:
     softcap: float | None = None
     sink_logits: Tensor | None = None
 
-    def capped(self, products: Tensor) -> Tensor:
-        """Return the scores of products."""
-        scores = products * self.scale
+    def capped(self, scores: Tensor) -> Tensor:
+        """Return scaled products of queries and keys as scores."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def norm(self, scores: Tensor) -> Tensor:
@@ -62,11 +62,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tenso
             q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2)
-    rows = [chunk_attention(*row, scoring)[0] for row in zip(q, k, v, strict=True)]
-    return torch.stack(rows).to(q.dtype)
+    batch, heads, tokens, head_dim = q.shape
+    out = q.new_empty(batch, tokens, heads, head_dim)
+    for row, chunk in zip(out, zip(q, k, v, strict=True), strict=True):
+        first = 0
+        for block, _ in chunk_attention(*chunk, scoring):
+            row[first : first + len(block)] = block
+            first += len(block)
+    return out
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Iterator[tuple[Tensor, Tensor]]:
     """Causal attention of one row's chunk to itself, with the logarithm of its normaliser.
 
     Computed in float32, a block of queries at a time: memory does not grow with the square of the chunk.
@@ -77,44 +83,48 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[
         v: values, like k.
         scoring: how scores become weights.
 
-    Returns:
-        The output [tokens, heads, head_dim] and the natural log-sum-exp [tokens, heads], both float32.
+    Yields:
+        The output [queries, heads, head_dim] and the natural log-sum-exp [queries, heads] of the next block
+        of queries, both float32.
     """
     heads, tokens, head_dim = q.shape
     kv_heads = k.shape[0]
     shared = heads // kv_heads
     k, v = k.float(), v.float()
-    out = torch.empty(tokens, heads, head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     block = max(1, _SCORES // max(1, heads * tokens))
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         first = 0 if scoring.window is None else max(0, start - scoring.window + 1)
-        queries = q[:, start:stop].float().reshape(kv_heads, shared * (stop - start), head_dim)
+        queries = (
+            q[:, start:stop].float().reshape(kv_heads, shared * (stop - start), head_dim) * scoring.scale
+        )
         scores = (queries @ k[:, first:stop].transpose(1, 2)).view(heads, stop - start, stop - first)
         scores = scoring.capped(scores)
         seen = causal_mask(stop - start, stop - first, scoring.window, q.device)
-        norm = scoring.norm(scores := scores.masked_fill(~seen, -torch.inf))
-        weights = (scores - norm[..., None]).exp().view(kv_heads, shared * (stop - start), stop - first)
-        out[start:stop] = (weights @ v[:, first:stop]).view(heads, stop - start, head_dim).transpose(0, 1)
-        lse[start:stop] = norm.T
-    return out, lse
+        norm = scoring.norm(scores.masked_fill_(~seen, -torch.inf))
+        weights = scores.sub_(norm[..., None]).exp_().view(kv_heads, shared * (stop - start), stop - first)
+        out = (weights @ v[:, first:stop]).view(heads, stop - start, head_dim)
+        yield out.transpose(0, 1), norm.T
 
 
-def merge(out: Tensor, lse: Tensor, past_out: Tensor, past_lse: Tensor) -> Tensor:
-    """Combine attention over two disjoint sets of tokens.
+def add_past(blocks: Iterable[tuple[Tensor, Tensor]], past: Tensor, past_lse: Tensor, first: int) -> int:
+    """Combine attention of a row's queries to two disjoint sets of tokens, in place.
 
     Args:
-        out: float32 [tokens, heads, head_dim]; its set is never empty.
-        lse: float32 [tokens, heads].
-        past_out: like out, in any dtype.
-        past_lse: like lse; -inf where a query sees no token of the past.
+        blocks: the output and log-sum-exp of one block of queries after the other, as of `chunk_attention`;
+            its set is never empty.
+        past: output over the other set, [tokens of all rows, heads, head_dim]; becomes that over both.
+        past_lse: float32 [tokens of all rows, heads]; -inf where a query sees no token of the past.
+        first: the row's first token.
 
     Returns:
-        float32 [tokens, heads, head_dim].
+        The token behind the row's last.
     """
-    share = torch.sigmoid(past_lse - lse)[..., None]
-    return torch.lerp(out, past_out.float(), share)
+    for out, lse in blocks:
+        at = slice(first, first := first + len(out))
+        share = torch.sigmoid(past_lse[at] - lse)[..., None]
+        past[at] = torch.lerp(out, past[at].float(), share)
+    return first
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
@@ -139,7 +149,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Sco
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         part = q[:, :, start:stop].float().reshape(batch, kv_heads, shared * (stop - start), head_dim)
-        scores = (part @ k.transpose(2, 3)).view(batch, heads, stop - start, keys)
+        scores = (part * scoring.scale @ k.transpose(2, 3)).view(batch, heads, stop - start, keys)
         scores = scoring.capped(scores)
         rows = mask[:, :, start:stop]
         scores = scores.masked_fill(~rows, -torch.inf) if mask.dtype == torch.bool else scores + rows

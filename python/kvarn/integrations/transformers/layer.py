@@ -33,6 +33,7 @@ class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.rows = rows
         self.index = index
+        self._number = rows.numbers[index]
         self._reads_handles = reads_handles
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -76,19 +77,19 @@ class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _check(self, k: Tensor, v: Tensor) -> None:
         if k.ndim != 4 or k.shape != v.shape:
             raise ShapeError(
-                f"layer {self.index}: keys {list(k.shape)} and values {list(v.shape)}: expected the same "
+                f"layer {self._number}: keys {list(k.shape)} and values {list(v.shape)}: expected the same "
                 "shape [batch, kv_heads, tokens, head_dim]; models with unequal head dims need another cache"
             )
         expected = self.dtype if self.is_initialized else k.dtype
         if k.dtype not in _DTYPES or k.dtype != expected or v.dtype != expected:
             raise DTypeError(
-                f"layer {self.index}: keys {k.dtype} and values {v.dtype}: expected both float16, bfloat16 "
+                f"layer {self._number}: keys {k.dtype} and values {v.dtype}: expected both float16, bfloat16 "
                 "or float32, and the same as at first; load the model in one of them, or call reset() after "
                 "changing it"
             )
         if k.requires_grad or v.requires_grad:
             raise TensorError(
-                f"layer {self.index}: keys or values require grad: expected inference; call the model in "
+                f"layer {self._number}: keys or values require grad: expected inference; call the model in "
                 "torch.no_grad()"
             )
 
@@ -136,6 +137,6 @@ class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _refuse(self, operation: str) -> Any:
         raise UnsupportedError(
-            f"{operation} of layer {self.index} alone: expected all layers at once, as they share their "
+            f"{operation} of layer {self._number} alone: expected all layers at once, as they share their "
             "rows; call it on the KVarNCache"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvarn import CapacityError, Config, KvarnError, LayerShape, Pool, Sequence, ShapeError
+from kvarn import CapacityError, Config, ConfigError, KvarnError, LayerShape, Pool, Sequence, ShapeError
 from kvarn.integrations.transformers.forward import ForwardPass
 
 
@@ -53,11 +53,15 @@ class Rows:
         shapes: KV heads and head dim of every KVarN layer by the model's config. Only their ratios are used:
             the sizes come from the first tensors, because a tensor-parallel rank holds a part of the heads.
         sharing: whether later layers attend to the keys and values of earlier ones.
+        numbers: number of every KVarN layer in the model.
     """
 
-    def __init__(self, settings: Settings, shapes: list[tuple[int, int]], *, sharing: bool) -> None:
+    def __init__(
+        self, settings: Settings, shapes: list[tuple[int, int]], *, sharing: bool, numbers: list[int]
+    ) -> None:
         self.settings = settings
         self.sharing = sharing
+        self.numbers = numbers
         self.layers = len(shapes)
         self.materializations = 0
         self._ratios = shapes
@@ -88,9 +92,9 @@ class Rows:
         elif self._shapes[layer] != (kv_heads, head_dim):
             seen, dim = self._shapes[layer]
             raise ShapeError(
-                f"layer {layer} has {kv_heads} kv heads of head_dim {head_dim}: expected {seen} of {dim} by "
-                "the first layer's tensors and the model's config; give the KVarNCache the config of this "
-                "model"
+                f"layer {self.numbers[layer]} has {kv_heads} kv heads of head_dim {head_dim}: expected "
+                f"{seen} of {dim} by the first layer's tensors and the model's config; give the KVarNCache "
+                "the config of this model"
             )
 
     def _make(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -100,6 +104,11 @@ class Rows:
                 f"padding of {len(self.padding)} rows: expected one entry for each of the {batch} rows "
                 "of the batch"
             )
+        for number, (_, head_dim) in zip(self.numbers, self._shapes, strict=True):
+            try:
+                settings.codec(head_dim)
+            except ConfigError as error:
+                raise ConfigError(f"layer {number}: {error}") from None
         self.config = config = settings.codec(self._shapes[0][1])
         group = config.group
         self.hold = group if settings.hold is None else settings.hold
@@ -136,7 +145,7 @@ class Rows:
     def copy(self) -> "Rows":
         """Return rows that hold the same, in the same pool; nothing is copied before one of them grows."""
         self.abandon()
-        made = Rows(self.settings, self._ratios, sharing=self.sharing)
+        made = Rows(self.settings, self._ratios, sharing=self.sharing, numbers=self.numbers)
         made.materializations, made.columns, made.padding = self.materializations, self.columns, self.padding
         if self.pool is not None:
             self._check_room(self.pool.stats().sequences + len(self.sequences))
