@@ -16,9 +16,6 @@ import time
 import kvarn
 import numpy as np
 import torch
-from check_prefixes import check_prefixes
-from check_saved import check_saved
-from check_truncations import check_truncations
 from kvarn.reference import contract
 
 DEVICE = "cuda"
@@ -645,9 +642,6 @@ def main():
         check_scales()
         check_batch_invariance()
         check_forks()
-        check_saved(sys.modules[__name__])
-        COUNTS.cases += check_prefixes(COUNTS.fail)
-        check_truncations(sys.modules[__name__])
         check_residues()
         check_long(arguments.full)
         check_large_offsets()

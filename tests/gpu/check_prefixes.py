@@ -1,4 +1,4 @@
-"""Prefix sharing on a CUDA pool. `check.py` runs it with the rest, or `python tests/gpu/check_prefixes.py`.
+"""Prefix sharing on a CUDA pool. `python tests/gpu/check_prefixes.py`.
 
 A sequence that starts with published tiles gives, to the bit, the outputs, records and slots of one that
 computed its prefix on the same device, and keeps them while others displace what nobody holds.

@@ -1,4 +1,4 @@
-"""Sequences that are saved, loaded, offloaded and restored on a GPU; a part of check.py, or alone.
+"""Sequences that are saved, loaded, offloaded and restored on a GPU: `python tests/gpu/check_saved.py`.
 
 Files of CPU and CUDA pools are read by both, and written again as the same bytes; attention over what was
 loaded has the same bits as over what was saved. Offloading and restoring run on streams of their own, beside
@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 
+import check
 import kvarn
 import torch
 
@@ -234,8 +235,8 @@ def check_times(check):
         counts.cases += 1
 
 
-def check_saved(check):
-    """All parts; `check` is the module check.py. What fails is counted there, and the others go on."""
+def main():
+    """All parts. What fails is counted, and the others go on."""
     for part in (check_files, check_streams, check_replays, check_times):
         try:
             part(check)
@@ -244,11 +245,9 @@ def check_saved(check):
             traceback.print_exc(file=sys.stdout)
             check.COUNTS.fail(f"saved: {part.__name__} raised")
         print(f"saved: {part.__name__} done", flush=True)
+    print(f"{check.COUNTS.cases} cases, {check.COUNTS.failed} failed")
+    sys.exit(check.COUNTS.failed > 0)
 
 
 if __name__ == "__main__":
-    import check as main_check
-
-    check_saved(main_check)
-    print(f"{main_check.COUNTS.cases} cases, {main_check.COUNTS.failed} failed")
-    sys.exit(main_check.COUNTS.failed > 0)
+    main()

@@ -1,4 +1,4 @@
-"""Truncations into records on a GPU; a part of check.py, or alone: `python tests/gpu/check_truncations.py`.
+"""Truncations into records on a GPU: `python tests/gpu/check_truncations.py`.
 
 A cut writes to the slot what expansion gives of the record, to the bit, and no other byte; it agrees with
 the CPU's cut of the same record to a rounding. Attention over what was cut is compared with float64 over what
@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 
+import check
 import kvarn
 import numpy as np
 import torch
@@ -330,9 +331,9 @@ def check_times(check):
 PARTS = (check_cuts, check_streams, check_graphs, check_refusals, check_crop, check_times)
 
 
-def check_truncations(check, parts=PARTS):
-    """All parts; `check` is the module check.py. What fails is counted there, and the others go on."""
-    for part in parts:
+def main():
+    """All parts. What fails is counted, and the others go on."""
+    for part in PARTS:
         started = time.time()
         try:
             part(check)
@@ -341,13 +342,11 @@ def check_truncations(check, parts=PARTS):
             traceback.print_exc(file=sys.stdout)
             check.COUNTS.fail(f"truncations: {part.__name__} raised")
         print(f"truncations: {part.__name__} done in {time.time() - started:.1f} s", flush=True)
+    status = check.COUNTS.finish()
+    found = check.COUNTS
+    print(f"{found.cases} cases, {found.vectors} vectors, {found.failed} failed")
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    import check as main_check
-
-    check_truncations(main_check)
-    status = main_check.COUNTS.finish()
-    found = main_check.COUNTS
-    print(f"{found.cases} cases, {found.vectors} vectors, {found.failed} failed")
-    sys.exit(status)
+    main()

@@ -1,8 +1,8 @@
 """All checks on a GPU, and compute-sanitizer on a small one: `python tests/gpu/run.py [--out FILE]`.
 
 Runs each script of this folder, prints what it printed last and what failed, and with `--out` writes JSON
-with device and commit. The exit status is 1 if anything failed. Scripts run side by side, but check_host.py,
-which measures times, alone after the others.
+with device and commit. The exit status is 1 if anything failed. Scripts run side by side, but those that
+measure what others would disturb alone, afterwards.
 """
 
 import argparse
@@ -19,7 +19,17 @@ import time
 import torch
 
 HERE = pathlib.Path(__file__).parent
-SCRIPTS = ("check.py", "check_golden.py", "check_long.py --no-times", "check_transformers.py")
+SCRIPTS = (
+    "check.py",
+    "check_golden.py",
+    "check_long.py --no-times",
+    "check_prefixes.py",
+    "check_saved.py",
+    "check_transformers.py",
+    "check_truncations.py",
+)
+# These measure times, or what the whole device has given out.
+ALONE = ("check_host.py", "check_memory.py")
 # Kernels of torch may read what nobody wrote: only ours are watched for that. What copies read is not watched
 # either, as torch's kernels may have written it unseen.
 TOOLS = {
@@ -46,9 +56,7 @@ def run(command, limit, wrapper=()):
         "command": f"python tests/gpu/{command}",
         "printed": counted[-1] if counted else " / ".join(lines[-3:]),
         "failures": [line for line in lines if line.startswith("FAILED")],
-        "notes": [line.strip() for line in lines if line.startswith("  ")]
-        if script == "check_host.py"
-        else [],
+        "notes": [line.strip() for line in lines if line.startswith("  ")] if script in ALONE else [],
         "status": status,
         "seconds": round(time.time() - started),
         "text": text,
@@ -92,8 +100,9 @@ def main():
         for job in concurrent.futures.as_completed(jobs):
             results.append(job.result())
             report(results[-1])
-    results.append(run("check_host.py", arguments.limit))
-    report(results[-1])
+    for command in ALONE:
+        results.append(run(command, arguments.limit))
+        report(results[-1])
     if not sanitizer:
         print("compute-sanitizer is not installed: its runs are missing")
     failed = sum(found["status"] != 0 for found in results)

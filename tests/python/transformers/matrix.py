@@ -26,6 +26,8 @@ UNQUANTISED = "kvarn_k8v8_g64"
 DTYPES = {"cpu": ("float32", "float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 # Largest difference of logits, of their range.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+# On a GPU the arms encode by different programs, whose codes differ where a last bit decides.
+DEVICE_TOLERANCE = {"float16": 2e-2, "bfloat16": 3e-2}
 # Of 8 bits, in two layers.
 UNQUANTISED_TOLERANCE = {"float32": 2e-2, "float16": 2e-2, "bfloat16": 3e-2}
 # What cannot be, and the error that says so.
@@ -128,7 +130,8 @@ def check(cell, device="cpu"):
         follow = None if _exact(cell) or cell.mode == "beams" else [one.tokens for one in expected]
         arm = Arm(made, make, cell.pads, follow)
         found = MODES[cell.mode](arm)
-    tolerance = (UNQUANTISED_TOLERANCE if cell.preset == UNQUANTISED else TOLERANCE)[cell.dtype]
+    codec_tolerance = TOLERANCE if device == "cpu" else DEVICE_TOLERANCE
+    tolerance = (UNQUANTISED_TOLERANCE if cell.preset == UNQUANTISED else codec_tolerance)[cell.dtype]
     for ours, theirs in zip(found, expected, strict=True):
         if cell.mode == "beams":
             _assert_same_beams(ours, theirs, tolerance, exact=_exact(cell))
