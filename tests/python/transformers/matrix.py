@@ -129,6 +129,9 @@ def check(cell, device="cpu"):
         arm = Arm(made, make, cell.pads, follow)
         found = MODES[cell.mode](arm)
     tolerance = (UNQUANTISED_TOLERANCE if cell.preset == UNQUANTISED else TOLERANCE)[cell.dtype]
+    if cell.mode == "crop":
+        # A tile passes through the codec twice: more codes lie where a last bit decides.
+        tolerance *= 3
     for ours, theirs in zip(found, expected, strict=True):
         if cell.mode == "beams":
             _assert_same_beams(ours, theirs, tolerance, exact=_exact(cell))

@@ -184,6 +184,8 @@ def test_a_crop_that_fails_changes_nothing(model, preset, monkeypatch, fails):
     truncate = type(pool).truncate
 
     class Layer:
+        is_initialized = is_croppable = True
+
         def crop(self, tokens_to_remove):
             raise CapacityError("as asked for")
 
@@ -201,7 +203,7 @@ def test_a_crop_that_fails_changes_nothing(model, preset, monkeypatch, fails):
     before = state()
     with monkeypatch.context() as patch:
         if fails == "another layer":
-            patch.setattr(cache, "_others", lambda: [Layer()])
+            patch.setattr(cache, "_others", lambda: {0: Layer()})
         else:
             patch.setattr(type(pool), "truncate", second_fails)
         with pytest.raises(CapacityError, match="as asked for"):
