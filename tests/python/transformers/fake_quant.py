@@ -75,17 +75,7 @@ class FakeQuantLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self._select([row for row in range(len(self.sealed)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self._select(indices.tolist())
-
-    def _select(self, rows):
+        rows = beam_idx.tolist()
         self.sealed = [self.sealed[row] for row in rows]
         self.sinks = [self.sinks[row] for row in rows]
         if self.padding is not None:

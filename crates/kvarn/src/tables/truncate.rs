@@ -96,12 +96,6 @@ impl Truncation<'_> {
     /// Makes it so.
     pub fn commit(self) {
         let Self { tables, id, after, unseal } = self;
-        let before = &tables.sequences[&id.serial].view;
-        if after.length / tables.rule.group() < before.publishable(&tables.rule) {
-            // What is dropped of published tiles was in use until now.
-            let before = before.clone();
-            tables.note_use(&before);
-        }
         if let Some(unseal) = unseal {
             let slot = tables.slots.allocate();
             debug_assert_eq!(slot, unseal.slot, "the tables are borrowed since the slot was chosen");

@@ -159,7 +159,7 @@ impl World {
     }
 
     /// Leading tiles that never change again.
-    pub(super) fn whole_tiles(&self, model: &Model) -> usize {
+    fn whole_tiles(&self, model: &Model) -> usize {
         let tiles = model.tokens.chunks(self.rule.group());
         let whole = |(tile, tokens): (usize, &[Token])| {
             tokens.iter().all(|token| token.sealed)

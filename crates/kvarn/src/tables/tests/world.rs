@@ -287,7 +287,6 @@ impl World {
 
         let references = self.references().1;
         self.make_room(0, usize::from(cut.is_some()));
-        let used = (keep / group < self.whole_tiles(&model)).then(|| self.last_published(index));
         let snapshot = self.tables.view(model.id).unwrap().clone();
         let copy = deep_copy_view(&snapshot);
         let truncation = self.tables.plan_truncation(model.id, keep).unwrap();
@@ -302,7 +301,6 @@ impl World {
             self.slots[slot][..tokens].copy_from_slice(&record[..tokens]);
         }
         truncation.commit();
-        self.use_way(&used.unwrap_or_default());
         self.models[index].truncate(keep, &self.rule);
         assert_eq!(self.tables.stats().unsealed, unsealed + u64::from(cut.is_some()));
         assert_eq!(snapshot, copy, "a snapshot never changes");
