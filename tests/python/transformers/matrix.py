@@ -132,6 +132,9 @@ def check(cell, device="cpu"):
         found = MODES[cell.mode](arm)
     codec_tolerance = TOLERANCE if device == "cpu" else DEVICE_TOLERANCE
     tolerance = (UNQUANTISED_TOLERANCE if cell.preset == UNQUANTISED else codec_tolerance)[cell.dtype]
+    if cell.mode == "crop":
+        # A tile passes through the codec twice: more codes lie where a last bit decides.
+        tolerance *= 3
     for ours, theirs in zip(found, expected, strict=True):
         if cell.mode == "beams":
             _assert_same_beams(ours, theirs, tolerance, exact=_exact(cell))

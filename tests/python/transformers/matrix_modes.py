@@ -147,23 +147,29 @@ def turns(arm):
 
 
 def crop(arm):
-    """A turn, then a draft of which all but the first tokens are taken back, then a turn."""
+    """A turn, then two drafts of which all but the first tokens are taken back, then a turn.
+
+    The first draft lies in slots, the second reaches into a record.
+    """
     ids, mask = arm.prompt(2)
     cache = arm.counted(arm.padding(2))
     first = arm.generate(cache, ids, mask, NEW // 2)
-    draft, _ = padded(2, 7, [0, 0], ids.device, seed=2)
-    # The last token that was generated is not in the cache yet.
-    ids = torch.cat([first.tokens, draft], 1)
-    mask = extend(mask, ids.shape[1] - mask.shape[1])
-    cache.activate_past_recording()
-    forward(arm.model, cache, ids[:, -8:], mask)
-    cache.crop(-5)
-    for layer in cache.layers:
-        if hasattr(layer, "record_past"):
-            layer.record_past = False
+    ids = first.tokens
+    for seed, length, removed in ((2, 7, 5), (4, 90, 85)):
+        draft, _ = padded(2, length, [0, 0], ids.device, seed)
+        ids = torch.cat([ids, draft], 1)
+        mask = extend(mask, ids.shape[1] - mask.shape[1])
+        cache.activate_past_recording()
+        # The last token that was generated is not in the cache yet.
+        forward(arm.model, cache, ids[:, cache.get_seq_length() :], mask)
+        cache.crop(-removed)
+        for layer in cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        ids, mask = ids[:, :-removed], mask[:, :-removed]
     question, _ = padded(2, 25, [0, 0], ids.device, seed=3)
-    ids = torch.cat([ids[:, :-5], question], 1)
-    return [first, arm.generate(cache, ids, extend(mask[:, :-5], 25), NEW // 2)]
+    ids = torch.cat([ids, question], 1)
+    return [first, arm.generate(cache, ids, extend(mask, 25), NEW // 2)]
 
 
 def copied_prefix(arm):
