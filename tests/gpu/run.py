@@ -60,6 +60,8 @@ def run(command, limit, wrapper=()):
         "status": status,
         "seconds": round(time.time() - started),
         "text": text,
+        # Behind a failure lies its traceback.
+        "end": [] if status == 0 else lines[-40:],
     }
 
 
@@ -81,7 +83,7 @@ def report(found):
     """Prints one result."""
     word = "FAILED" if found["status"] else "ok"
     print(f"{word} {found['command']}: {found['printed']} ({found['seconds']} s)")
-    for line in found["failures"][:8] + found["notes"]:
+    for line in found["failures"][:8] + found["notes"] + found["end"]:
         print(f"    {line[:300]}")
     sys.stdout.flush()
 

@@ -118,7 +118,10 @@ class DeviceMemory:
         return total - free - torch.cuda.memory_reserved()
 
     def peak(self):
-        return torch.cuda.max_memory_allocated() - self.before + self.others() - self.others_before
+        tensors = torch.cuda.max_memory_allocated() - self.before
+        others = self.others() - self.others_before
+        print(f"of tensors {tensors}, of others {others}", file=sys.stderr, flush=True)
+        return tensors + others
 
 
 def measure(name, model, rows, tokens, chunk):
