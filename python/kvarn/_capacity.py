@@ -65,8 +65,9 @@ def capacity(
 ) -> Capacity:
     """Says what fits into `memory` bytes of pages and slots.
 
-    Slots come first, as many as the sequences can ever hold at once; the rest becomes pages. The tables of a
-    pool, and on CUDA the partial results of attention, come on top: a few megabytes.
+    Slots come first, as many as the sequences can ever hold at once; the rest becomes pages. On top come the
+    tables of a pool, and on CUDA the partial results of attention: a few megabytes while decoding, up to 64 MiB
+    on each stream that attends to long chunks or to many long sequences.
 
     Args:
         cfg: Bit widths, tile length, sinks, recent window; the head dim if `layers` is a number.

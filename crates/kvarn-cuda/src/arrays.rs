@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvarn::pool::PoolError;
 use kvarn::tables::{SealRule, StepId};
 
-use crate::params::SHARE_WORDS;
 use crate::plan::{AttendKey, item_tiles};
 use crate::share::{Cost, Grid};
 use crate::upload::{StepBuffer, Words};
@@ -39,6 +38,8 @@ pub(crate) struct SentAttend {
     pub buffer: StepBuffer,
     pub items: Words,
     pub shares: Words,
+    /// Thread blocks of each launch, one for each share.
+    pub blocks: Vec<usize>,
     /// Items that there is room for.
     pub item_count: usize,
     pub columns: usize,
@@ -48,11 +49,6 @@ pub(crate) struct SentAttend {
 }
 
 impl SentAttend {
-    /// Thread blocks of the launch, one for each share.
-    pub(crate) const fn thread_blocks(&self) -> usize {
-        self.shares.count / SHARE_WORDS
-    }
-
     /// Elements of all partial outputs.
     pub(crate) fn outputs(&self) -> usize {
         self.parts * self.key.kv_heads * self.columns * self.head_dim
@@ -202,7 +198,7 @@ mod tests {
     use super::*;
     use crate::params::ITEM_WORDS;
     use crate::plan::{AppendPlan, AttendPlan};
-    use crate::share::shares;
+    use crate::share::launches;
 
     /// What planning on the host costs: once a step, for all layers. Prints µs.
     #[test]
@@ -227,10 +223,11 @@ mod tests {
                     query_tokens: 2,
                     window: usize::MAX,
                     most_tokens: usize::MAX,
+                    most_parts: usize::MAX,
                 };
                 let (append, attend) = (AppendPlan::new(&plan, 128), AttendPlan::new(&plan, &rule, key));
                 let cost = Cost { record: 13_824, token: 512 };
-                let shares = shares(&attend, 8, Grid { resident: 396, room: None }, cost);
+                let (shares, _) = launches(&attend, 8, Grid { resident: 396, room: None }, cost);
                 assert_eq!((append.slot_of_row.len(), attend.counters), (batch, batch));
                 assert!(!shares.is_empty());
                 for (kept, time) in microseconds.iter_mut().zip([planned, start.elapsed()]) {
@@ -270,7 +267,7 @@ mod tests {
                 prop_assert!(AppendPlan::new(&plan, 64).count() <= shape.seals(&rule));
                 for appended in [false, true] {
                     let (window, most_tokens) = (usize::MAX, usize::MAX);
-                    let key = AttendKey { appended, kv_heads, group: 2, query_tokens, window, most_tokens };
+                    let key = AttendKey { appended, kv_heads, group: 2, query_tokens, window, most_tokens, most_parts: usize::MAX };
                     let arrays = AttendPlan::new(&plan, &rule, key);
                     prop_assert!(arrays.count() <= shape.items(&rule, key) && arrays.parts <= shape.items(&rule, key));
                     let cost = Cost { record: 3_000, token: 256 };

@@ -64,6 +64,8 @@ pub(crate) struct AttendKey {
     pub window: usize,
     /// Sequences with more new tokens are left out.
     pub most_tokens: usize,
+    /// Partial results that a launch may leave, if it has more than one query block.
+    pub most_parts: usize,
 }
 
 /// Arrays of an attention, int32.
@@ -71,12 +73,17 @@ pub(crate) struct AttendKey {
 pub(crate) struct AttendPlan {
     /// `[items, ITEM_WORDS]`.
     pub items: Vec<i32>,
-    /// Partial results, over all query blocks.
+    /// The first item of each launch. Launches run one after the other, in the same room for partial results: long chunks would
+    /// need much of it, and have work for the whole device in each launch.
+    pub launches: Vec<usize>,
+    /// Most partial results of a launch, over its query blocks.
     pub parts: usize,
-    /// Query blocks.
+    /// Most query blocks of a launch.
     pub counters: usize,
     /// Most query columns of a block.
     pub columns: usize,
+    /// Partial results and query blocks of the last launch.
+    last: (usize, usize),
 }
 
 /// A piece of a sequence: record tiles, or tokens of one slot.
@@ -122,6 +129,10 @@ impl AttendPlan {
             // Nothing to see: an item still writes the zeros.
             pieces.push(Piece { first_tile: 0, tiles: 0, slot: 0, slot_tokens: 0 });
         }
+        if self.launches.is_empty() || self.last.0 + pieces.len() > key.most_parts.max(pieces.len()) {
+            self.launches.push(self.count());
+            self.last = (0, 0);
+        }
         for (part, piece) in pieces.iter().enumerate() {
             self.items.extend(
                 [
@@ -135,8 +146,8 @@ impl AttendPlan {
                     tokens,
                     position,
                     view.length,
-                    self.parts,
-                    self.counters,
+                    self.last.0,
+                    self.last.1,
                 ]
                 .map(|word| word as i32),
             );
@@ -144,8 +155,9 @@ impl AttendPlan {
             self.items.extend_from_slice(&view.block_table[tiles]);
             self.items.resize(self.items.len().next_multiple_of(ITEM_WORDS), 0);
         }
-        self.parts += pieces.len();
-        self.counters += 1;
+        self.last = (self.last.0 + pieces.len(), self.last.1 + 1);
+        self.parts = self.parts.max(self.last.0);
+        self.counters = self.counters.max(self.last.1);
         self.columns = self.columns.max(tokens * key.group);
     }
 }

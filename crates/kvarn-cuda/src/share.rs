@@ -62,12 +62,25 @@ impl Grid {
 const ONE_WAVE_RECORDS: u64 = 32;
 const SHARE_RECORDS: u64 = 16;
 
-/// Shares of all work: `[shares, SHARE_WORDS]`.
+/// Shares of all launches, one behind the other, `[shares, SHARE_WORDS]`, and how many each launch has.
+pub(crate) fn launches(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost) -> (Vec<i32>, Vec<usize>) {
+    let (mut all, mut blocks) = (Vec::new(), Vec::new());
+    let ends = plan.launches.iter().copied().skip(1).chain([plan.count()]);
+    for (&first, end) in plan.launches.iter().zip(ends) {
+        let items = &plan.items[first * ITEM_WORDS..end * ITEM_WORDS];
+        let made = shares(items, first, kv_heads, grid, cost);
+        blocks.push(made.len() / SHARE_WORDS);
+        all.extend(made);
+    }
+    (all, blocks)
+}
+
+/// Shares of the items of a launch, the first of which has index `first`: `[shares, SHARE_WORDS]`.
 ///
 /// Where each block of one wave has little to do, one share each: a block begins with the latency of several loads. Where it
 /// has much, shorter ones: blocks do not get on equally fast.
-pub(crate) fn shares(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost) -> Vec<i32> {
-    let items: Vec<&[i32]> = plan.items.chunks_exact(ITEM_WORDS).collect();
+fn shares(items: &[i32], first: usize, kv_heads: usize, grid: Grid, cost: Cost) -> Vec<i32> {
+    let items: Vec<&[i32]> = items.chunks_exact(ITEM_WORDS).collect();
     let total = kv_heads as u64 * items.iter().map(|item| cost.of_item(item)).sum::<u64>();
     let count = grid.room.map_or(u64::MAX, |room| room as u64).min(grid.count(total, cost));
     // One piece each where there are few.
@@ -87,7 +100,7 @@ pub(crate) fn shares(plan: &AttendPlan, kv_heads: usize, grid: Grid, cost: Cost)
                     begins = true;
                 }
                 if begins {
-                    made.extend([(at + index) as i32, head as i32, 0, 0]);
+                    made.extend([(first + at + index) as i32, head as i32, 0, 0]);
                     made.extend_from_slice(item);
                 }
                 let last = made.len() - SHARE_WORDS;

@@ -14,10 +14,11 @@ use crate::context::Current;
 use crate::driver;
 use crate::geometry::{self, AttendGeometry};
 use crate::launch::launch_early;
-use crate::params::{AppendParams, AttendParams};
+use crate::params::{AppendParams, AttendParams, SHARE_WORDS};
 use crate::plan::AttendKey;
 use crate::pool::{SentTables, check_expand_on_device, check_type};
 use crate::tensor::dtype_number;
+use crate::workspace::most_parts;
 use crate::{DeviceTensor, Error, Pool, Stream};
 
 mod sent;
@@ -224,13 +225,20 @@ impl Step {
                 got: settings.group.to_string(),
                 expected: "at most 16, at head dim 256 at most 8".into(),
             })?;
+            let query_tokens = geometry.query_tokens(settings.group);
+            let columns = query_tokens.min(most) * settings.group;
             let key = AttendKey {
                 appended,
                 kv_heads: at.shape.kv_heads,
                 group: settings.group,
-                query_tokens: geometry.query_tokens(settings.group),
+                query_tokens,
                 window: settings.window,
                 most_tokens,
+                // A graph has the launches of its capture.
+                most_parts: match self.shape {
+                    None => most_parts(at.shape.kv_heads, columns, at.shape.head_dim),
+                    Some(_) => usize::MAX,
+                },
             };
             let mut sent = self.arrays.attend();
             let sent = self.sent_attend(&mut sent, at, geometry, key, stream, recording)?;
@@ -256,11 +264,16 @@ impl Step {
                 scale: settings.scale,
                 softcap: settings.softcap.unwrap_or(0.0),
             };
-            let grid = [sent.thread_blocks() as u32, 1, 1];
             let block = [sent.kernel.threads(), 1, 1];
-            let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
-            // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
-            unsafe { launch_early(&current, &sent.kernel, grid, block, sent.shared, stream, parameters) }?;
+            for &blocks in &sent.blocks {
+                let grid = [blocks as u32, 1, 1];
+                let parameters = &mut [ptr::from_mut(&mut params).cast::<c_void>()];
+                // SAFETY: as in `launch_append`; the workspace is this stream's, whose launches run one after the other.
+                unsafe {
+                    launch_early(&current, &sent.kernel, grid, block, sent.shared, stream, parameters)
+                }?;
+                params.shares += (4 * SHARE_WORDS * blocks) as u64;
+            }
             Ok(left_out)
         };
         if recording { self.open.record_read(layer, work) } else { self.open.read(layer, work) }

@@ -5,6 +5,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{Device, DeviceMemory, Error, Stream};
 
+/// Bytes of partial results up to which a launch attends to several query blocks: enough work for any device.
+const LAUNCH_BYTES: usize = 64 << 20;
+
+/// Bytes of one partial result: outputs, a base and a sum for each of `columns` query columns of each KV head.
+pub(crate) const fn part_bytes(kv_heads: usize, columns: usize, head_dim: usize) -> usize {
+    4 * kv_heads * columns * (head_dim + 2)
+}
+
+/// Partial results that a launch with several query blocks may leave.
+pub(crate) const fn most_parts(kv_heads: usize, columns: usize, head_dim: usize) -> usize {
+    LAUNCH_BYTES / part_bytes(kv_heads, columns, head_dim)
+}
+
 /// Workspaces of one pool, one per stream: launches on a stream run one after the other, so they may share.
 #[derive(Debug)]
 pub(crate) struct Workspaces {

@@ -31,14 +31,16 @@ fn batches() -> impl Strategy<Value = Vec<Batch>> {
 fn keys() -> impl Strategy<Value = AttendKey> {
     let window = prop_oneof![2 => Just(usize::MAX), 1 => 1..20_usize, 1 => 1..2000_usize];
     let most_tokens = prop_oneof![2 => Just(usize::MAX), 1 => 0..100_usize];
-    (any::<bool>(), 1..=9_usize, 1..=16_usize, 1..=16_usize, window, most_tokens).prop_map(
-        |(appended, kv_heads, group, query_tokens, window, most_tokens)| AttendKey {
+    let most_parts = prop_oneof![1 => Just(usize::MAX), 1 => 1..200_usize];
+    (any::<bool>(), 1..=9_usize, 1..=16_usize, 1..=16_usize, window, most_tokens, most_parts).prop_map(
+        |(appended, kv_heads, group, query_tokens, window, most_tokens, most_parts)| AttendKey {
             appended,
             kv_heads,
             group,
             query_tokens,
             window,
             most_tokens,
+            most_parts,
         },
     )
 }
@@ -172,24 +174,34 @@ fn check_attend(plan: &StepPlan, rule: &SealRule, key: AttendKey) {
     let made = AttendPlan::new(plan, rule, key);
     let listed: Vec<Words<'_>> = items(&made).collect();
     let (mut at, mut parts, mut counters, mut columns) = (0, 0, 0, 0);
+    let (mut launches, mut most) = (made.launches.iter().peekable(), (0, 0));
     for sequence in plan.sequences.iter().filter(|sequence| sequence.count <= key.most_tokens) {
         let view = if key.appended { &sequence.after } else { &sequence.before };
         for first in (0..sequence.count).step_by(key.query_tokens) {
             let block = &listed[at..at + listed[at].at(5)];
+            let full = at == 0 || parts + block.len() > key.most_parts;
+            if launches.next_if_eq(&&at).is_some() {
+                assert!(full, "a launch ends early");
+                (parts, counters) = (0, 0);
+            } else {
+                assert!(!full, "a launch leaves more than it may");
+            }
             assert!(block.iter().all(|item| (item.at(10), item.at(11)) == (parts, counters)));
             check_block(block, sequence, view, rule, key, first);
             at += block.len();
             parts += block.len();
             counters += 1;
+            most = (most.0.max(parts), most.1.max(counters));
             columns = columns.max(block[0].at(7) * key.group);
         }
     }
-    assert_eq!((at, parts, counters, columns), (listed.len(), made.parts, made.counters, made.columns));
+    assert_eq!((at, most, columns), (listed.len(), (made.parts, made.counters), made.columns));
+    assert_eq!(launches.next(), None);
 }
 
-/// The items of a sequence with rows, parts and counters counted from its own first.
+/// The items of a sequence with rows, parts and counters counted from its own first, in one launch.
 fn rebased(plan: &StepPlan, index: usize, rule: &SealRule, key: AttendKey) -> Vec<(Vec<i32>, Vec<i32>)> {
-    let made = AttendPlan::new(plan, rule, key);
+    let made = AttendPlan::new(plan, rule, AttendKey { most_parts: usize::MAX, ..key });
     let sequence = &plan.sequences[index];
     let rows = sequence.first_row as i32..(sequence.first_row + sequence.count) as i32;
     let mut own = items(&made).filter(|item| rows.contains(&item.words[6])).peekable();

@@ -53,7 +53,7 @@ proptest! {
         let total: u64 = work.iter().map(|&(item, _)| cost_of(item)).sum();
         let grid = Grid { resident, room: None };
         let grid = if fixed { grid.with_room(total + more * COST.record * resident as u64 * 20, COST) } else { grid };
-        let made = shares(&plan, kv_heads, grid, COST);
+        let made = shares(&plan.items, 0, kv_heads, grid, COST);
         let largest = work.iter().map(|&(item, _)| cost_of(item)).max().unwrap_or(0);
 
         let (mut at, mut ended) = (0, false);
@@ -80,4 +80,26 @@ proptest! {
             prop_assert!(made.chunks_exact(SHARE_WORDS).all(|share| share[2] <= 1), "few pieces: one each");
         }
     }
+}
+
+#[test]
+fn launches_have_shares_of_their_own_items() {
+    let blocks: Vec<Vec<(i32, i32)>> = (1..6).map(|parts| vec![(3, 0); parts]).collect();
+    let mut plan = plan(&blocks);
+    plan.launches = vec![0, 3, 10];
+    let (made, counts) = launches(&plan, 2, Grid { resident: 4, room: None }, COST);
+    let work = |shares: &[i32]| -> Vec<(i32, i32)> {
+        let first = |share: &[i32]| (share[0], share[1]);
+        shares.chunks_exact(SHARE_WORDS).map(first).collect()
+    };
+    let mut at = 0;
+    for (count, items) in counts.iter().zip([0..3, 3..10, 10..15]) {
+        let own = &made[at * SHARE_WORDS..(at + count) * SHARE_WORDS];
+        assert_eq!(work(own)[0], (items.start, 0), "a launch begins with its first item");
+        assert!(work(own).iter().all(|(item, _)| items.contains(item)));
+        let pieces: i32 = own.chunks_exact(SHARE_WORDS).map(|share| share[2]).sum();
+        assert_eq!(pieces as usize, 2 * items.len(), "every piece of the launch, for both heads");
+        at += count;
+    }
+    assert_eq!(at * SHARE_WORDS, made.len());
 }

@@ -7,9 +7,9 @@ use crate::arrays::{SentAppend, SentAttend};
 use crate::geometry::AttendGeometry;
 use crate::params::{AttendParams, ITEM_WORDS};
 use crate::plan::{AppendPlan, AttendKey, AttendPlan};
-use crate::share::{Cost, Grid, shares};
+use crate::share::{Cost, Grid, launches};
 use crate::upload::{Array, StepBuffer, Words};
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, part_bytes};
 use crate::{Error, Stream, check};
 
 impl Step {
@@ -110,8 +110,8 @@ impl Step {
             .shape
             .as_ref()
             .map_or(grid, |shape| grid.with_room(kv_heads as u64 * shape.cost(rule, key, cost), cost));
-        let shares = shares(&arrays, kv_heads, grid, cost);
-        let bytes = 4 * parts * kv_heads * columns * (head_dim + 2);
+        let (shares, blocks) = launches(&arrays, kv_heads, grid, cost);
+        let bytes = parts * part_bytes(kv_heads, columns, head_dim);
         let counters = arrays.counters * kv_heads;
         let workspace = match self.shape {
             None => self.pool.workspaces().take(stream, counters, bytes)?,
@@ -131,6 +131,7 @@ impl Step {
             buffer,
             items,
             shares,
+            blocks,
             item_count,
             columns,
             parts,
@@ -143,7 +144,7 @@ impl Step {
         let now = (self.open.plan().id, stream);
         if sent.sent != now {
             let arrays = AttendPlan::new(self.open.plan(), &self.pool.core().layout().rule, sent.key);
-            let shares = shares(&arrays, sent.key.kv_heads, sent.grid, sent.cost);
+            let (shares, _) = launches(&arrays, sent.key.kv_heads, sent.grid, sent.cost);
             self.send_work(&mut sent.buffer, &arrays, &shares, sent.item_count, stream)?;
             sent.sent = now;
         }

@@ -29,7 +29,7 @@ fn kernels() -> String {
     let (expand, attend) =
         (size_of::<crate::params::ExpandParams>(), size_of::<crate::params::AttendParams>());
     format!(
-        "kvarn_append_d64_g64={append},kvarn_expand_d64_g64={expand},kvarn_attend_d64_g64_k4v2_n1={attend}"
+        "kvarn_append_d64_g64={append},kvarn_expand_d64_g64={expand},kvarn_attend_d64_g64_k4v2_n1={attend},kvarn_attend_d64_g64_k4v2_n2={attend}"
     )
 }
 
@@ -181,6 +181,11 @@ fn a_lost_device_is_told_once_with_the_kernel() {
 #[test]
 fn a_forked_process_is_refused() {
     run("forked", &[]);
+}
+
+#[test]
+fn partial_results_of_a_long_chunk_take_turns_in_the_same_room() {
+    run_steps("long_chunk", &[]);
 }
 
 #[test]

@@ -13,7 +13,8 @@ use kvarn::tables::SequenceId;
 use kvarn::{Config, ConfigOptions, DType};
 
 use super::cases::{MIB, OTHER, Owner, STREAM, alive, books, device, read};
-use crate::params::AttendParams;
+use crate::params::{AttendParams, SHARE_WORDS};
+use crate::workspace::part_bytes;
 use crate::{Borrowed, DeviceMemory, DeviceTensor, Error, ErrorKind, Pool, PoolOptions, Step, Stream};
 
 /// Tokens of a tile, and channels of a head.
@@ -110,6 +111,31 @@ pub(super) fn refused(result: Result<(), Error>, kind: ErrorKind, text: &str) {
     let error = result.unwrap_err();
     assert_eq!(error.to_string(), text);
     assert_eq!(error.kind(), kind);
+}
+
+#[test]
+#[ignore = "needs the double"]
+fn long_chunk() {
+    let pool = made(700, 16, PoolOptions::default()).unwrap();
+    let sequence = pool.core().create();
+    prompt(&pool, &[sequence], 32_768);
+    let step = pool.step(&[sequence], &[2048], &[0], None).unwrap();
+    append(&step, 0, STREAM).unwrap();
+    attend(&step, 0, STREAM).unwrap();
+    // Two layers of the prompt, one of this step.
+    let (mut launches, mut address) = (0, None);
+    while calls(c"cuLaunchKernelEx") > 3 + launches {
+        let [kernel, blocks, _] = launched(3 + launches);
+        assert_eq!(kernel, ATTEND + 1, "that of 16 columns");
+        let shares = u64::from_ne_bytes(parameter(3 + launches, offset_of!(AttendParams, shares)));
+        assert_eq!(address.unwrap_or(shares), shares, "shares behind those of the launch before");
+        address = Some(shares + 4 * SHARE_WORDS as u64 * blocks);
+        launches += 1;
+    }
+    let blocks = 2048 * 2 / 16;
+    let parts = (32_768 + 2048) / 512; // pieces of a sequence as long
+    let bytes = blocks * parts * part_bytes(KV_HEADS, 16, G);
+    assert_eq!(launches as usize, bytes.div_ceil(64 << 20));
 }
 
 #[test]
