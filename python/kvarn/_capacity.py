@@ -66,8 +66,8 @@ def capacity(
     """Says what fits into `memory` bytes of pages and slots.
 
     Slots come first, as many as the sequences can ever hold at once; the rest becomes pages. On top come the
-    tables of a pool, and on CUDA the partial results of attention: a few megabytes while decoding, up to 64 MiB
-    on each stream that attends to long chunks or to many long sequences.
+    tables of a pool, and on CUDA the partial results of attention: a few megabytes while decoding, up to 64
+    MiB on each stream that attends to long chunks or to many long sequences; static arrays have their own.
 
     Args:
         cfg: Bit widths, tile length, sinks, recent window; the head dim if `layers` is a number.
