@@ -41,7 +41,7 @@ from kvarn.prefix import prefix_keys
 from kvarn.step import Step
 
 if TYPE_CHECKING:
-    from kvarn.integrations.transformers import KVarNCache
+    from kvarn.integrations.transformers import KVarNCache, KVarNStaticCache
 
 __all__ = [
     "Capacity",
@@ -55,6 +55,7 @@ __all__ = [
     "EncodeCounts",
     "FormatError",
     "KVarNCache",
+    "KVarNStaticCache",
     "KvarnError",
     "LayerShape",
     "NonFiniteError",
@@ -80,7 +81,10 @@ __all__ = [
 ]
 
 # Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
-_LAZY = {"KVarNCache": "kvarn.integrations.transformers"}
+_LAZY = {
+    "KVarNCache": "kvarn.integrations.transformers",
+    "KVarNStaticCache": "kvarn.integrations.transformers",
+}
 
 
 def __getattr__(name: str) -> Any:

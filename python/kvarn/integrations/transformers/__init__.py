@@ -15,7 +15,8 @@ each step; ``KVarNCache.materializations`` counts them.
 from kvarn.integrations.transformers.attention import register
 from kvarn.integrations.transformers.cache import KVarNCache
 from kvarn.integrations.transformers.errors import UnsupportedError
+from kvarn.integrations.transformers.static_cache import KVarNStaticCache
 
 register()
 
-__all__ = ["KVarNCache", "UnsupportedError"]
+__all__ = ["KVarNCache", "KVarNStaticCache", "UnsupportedError"]

@@ -44,13 +44,14 @@ class Chunk:
 
         Args:
             query: [batch, heads, columns, head_dim].
-            mask: bool [batch, past and new columns], False at padding, or None.
+            mask: bool [batch, past and new columns] or [batch, max_tokens], False at padding, or None.
             scoring: how scores become weights; its window counts columns.
 
         Returns:
             [batch, columns, heads, head_dim] in the query's dtype; 0 at padding.
         """
         forward = self.forward
+        mask = forward.narrow(mask)
         if mask is None and self._stored is not None:
             mask = torch.ones(query.shape[0], self._before + forward.columns, dtype=torch.bool)
         forward.plan(mask)

@@ -42,6 +42,7 @@ class ForwardPass:
         self._appended: dict[int, tuple[Tensor, Tensor] | None] = {}
         self.planned = False
         self._mask: Tensor | None = None
+        self._wide: tuple[Tensor, Tensor] | None = None
 
     @property
     def raw_first(self) -> bool:
@@ -52,6 +53,16 @@ class ForwardPass:
     def complete(self) -> bool:
         """Whether every layer has appended."""
         return len(self._appended) == self.rows.layers
+
+    def narrow(self, mask: Tensor | None) -> Tensor | None:
+        """Return mask without the columns that a mask of max_tokens columns has behind the new ones."""
+        total = self.rows.columns + self.columns
+        if mask is None or mask.shape[1] != self.rows.settings.max_tokens or mask.shape[1] == total:
+            return mask
+        # The same tensor for every layer, which is how `plan` knows that nothing is to be compared.
+        if self._wide is None or self._wide[0] is not mask:
+            self._wide = mask, mask[:, :total]
+        return self._wide[1]
 
     def plan(self, mask: Tensor | None) -> None:
         """Open the pool's step for the tokens that mask shows, or check that later layers show the same.
