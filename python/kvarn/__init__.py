@@ -41,11 +41,12 @@ from kvarn.prefix import prefix_keys
 from kvarn.step import Step
 
 if TYPE_CHECKING:
-    from kvarn.integrations.transformers import KVarNCache, KVarNStaticCache
+    from kvarn.integrations.transformers import CapturedDecoder, KVarNCache, KVarNStaticCache
 
 __all__ = [
     "Capacity",
     "CapacityError",
+    "CapturedDecoder",
     "Config",
     "ConfigError",
     "CudaError",
@@ -82,6 +83,7 @@ __all__ = [
 
 # Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
 _LAZY = {
+    "CapturedDecoder": "kvarn.integrations.transformers",
     "KVarNCache": "kvarn.integrations.transformers",
     "KVarNStaticCache": "kvarn.integrations.transformers",
 }

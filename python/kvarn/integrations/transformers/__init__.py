@@ -14,9 +14,10 @@ each step; ``KVarNCache.materializations`` counts them.
 
 from kvarn.integrations.transformers.attention import register
 from kvarn.integrations.transformers.cache import KVarNCache
+from kvarn.integrations.transformers.captured import CapturedDecoder
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.static_cache import KVarNStaticCache
 
 register()
 
-__all__ = ["KVarNCache", "KVarNStaticCache", "UnsupportedError"]
+__all__ = ["CapturedDecoder", "KVarNCache", "KVarNStaticCache", "UnsupportedError"]

@@ -51,9 +51,7 @@ class Chunk:
             [batch, columns, heads, head_dim] in the query's dtype; 0 at padding.
         """
         forward = self.forward
-        mask = forward.narrow(mask)
-        if mask is None and self._stored is not None:
-            mask = torch.ones(query.shape[0], self._before + forward.columns, dtype=torch.bool)
+        mask = forward.visible(mask)
         forward.plan(mask)
         if forward.hides or (scoring.window is not None and self._has_holes()):
             keys, values = self.dense()

@@ -54,10 +54,16 @@ class ForwardPass:
         """Whether every layer has appended."""
         return len(self._appended) == self.rows.layers
 
-    def narrow(self, mask: Tensor | None) -> Tensor | None:
-        """Return mask without the columns that a mask of max_tokens columns has behind the new ones."""
-        total = self.rows.columns + self.columns
-        if mask is None or mask.shape[1] != self.rows.settings.max_tokens or mask.shape[1] == total:
+    def visible(self, mask: Tensor | None) -> Tensor | None:
+        """Return mask as it is meant: without columns behind the new ones; if there is none, all are shown.
+
+        Args:
+            mask: bool [batch, past and new columns] or [batch, max_tokens], or None.
+        """
+        rows, total = self.rows, self.rows.columns + self.columns
+        if mask is None:
+            return None if rows.stored is None else torch.ones(len(rows.sequences), total, dtype=torch.bool)
+        if mask.shape[1] != rows.settings.max_tokens or mask.shape[1] == total:
             return mask
         # The same tensor for every layer, which is how `plan` knows that nothing is to be compared.
         if self._wide is None or self._wide[0] is not mask:

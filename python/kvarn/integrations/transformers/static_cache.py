@@ -9,6 +9,7 @@ from kvarn.integrations.transformers import static_ops
 from kvarn.integrations.transformers.cache import KVarNCache
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.kinds import layer_kinds
+from kvarn.integrations.transformers.rows import Rows
 from kvarn.integrations.transformers.static_layer import KVarNStaticLayer
 
 
@@ -64,6 +65,11 @@ class KVarNStaticCache(KVarNCache):
     def kvarn_layers(self) -> list[KVarNStaticLayer]:
         """The layers, all of them."""
         return self.layers
+
+    @property
+    def rows(self) -> Rows:
+        """The rows that all layers share."""
+        return self._rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVarNStaticCache":
         """Return a cache of its own with the same rows, in the same pool.
