@@ -27,9 +27,9 @@ from kvarn.integrations.transformers.static_cache import KVarNStaticCache
 class CapturedDecoder:
     """Decodes one token a row at a time, each step by one launch of a CUDA graph.
 
-    The host then does what a step needs for all layers together, and runs no Python of the model. The first call
-    runs the model eagerly if the cache holds back more than one token of a row, as it does behind a prompt; the
-    next one captures, which runs the model twice; later ones replay. A graph serves rows of any lengths up to
+    The host then plans a step, once for all layers, and runs no Python of the model. The first call runs the
+    model eagerly if the cache holds back more than one token of a row, as it does behind a prompt; the next one
+    captures, which runs the model twice; later ones replay. A graph serves rows of any lengths up to
     `max_tokens`. After `KVarNStaticCache.reset`, or with another number of rows, the next call captures anew.
     Between calls the cache can be used in any other way::
 
@@ -40,12 +40,12 @@ class CapturedDecoder:
         while True:
             logits = decoder(logits[:, -1:].argmax(-1))
 
-    The logits have the bits of an eager step, where the model's kernels have. There is no mask: what rows store
-    is seen, and they store no padding. If a call raises, the rows are as they were before it.
+    The attention has the bits of an eager step. There is no mask: what rows store is seen, and they store no
+    padding. If a call raises, the rows are as they were before it.
 
     Args:
-        model: a causal language model of transformers on a CUDA device, with ``"kvarn"`` attention, or such a model
-            compiled by ``torch.compile`` (without CUDA graphs of its own).
+        model: a causal language model of transformers on a CUDA device, with ``"kvarn"`` attention, or such a
+            model compiled by ``torch.compile`` (without CUDA graphs of its own).
         cache: its cache, which holds at least a token.
         max_tokens: most tokens of a row, for which the graph's launches have room; None: those of the cache.
 
@@ -67,8 +67,8 @@ class CapturedDecoder:
         most = cache.rows.settings.max_tokens
         if max_tokens is not None and not 1 <= max_tokens <= most:
             raise CapacityError(
-                f"max_tokens {max_tokens} of a CapturedDecoder: expected 1 to {most}, what its cache takes; make "
-                "the KVarNStaticCache with a larger max_tokens"
+                f"max_tokens {max_tokens} of a CapturedDecoder: expected 1 to {most}, what its cache takes; "
+                "make the KVarNStaticCache with a larger max_tokens"
             )
         self.model = model
         self.cache = cache
@@ -126,8 +126,8 @@ class CapturedDecoder:
         """Raise if the next step cannot be made; nothing is changed."""
         if not any(sequence.length for sequence in rows.sequences):
             raise StateError(
-                "a CapturedDecoder over an empty cache: expected a prompt; run the model on it with this cache "
-                "first"
+                "a CapturedDecoder over an empty cache: expected a prompt; run the model on it with this "
+                "cache first"
             )
         shape = len(rows.sequences), 1
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
@@ -139,8 +139,8 @@ class CapturedDecoder:
                 raise DTypeError(f"{name} of {given.dtype}: expected integers, as torch.int64")
         if rows.columns >= rows.settings.max_tokens:
             raise CapacityError(
-                f"{rows.columns + 1} tokens: expected at most max_tokens={rows.settings.max_tokens}; make the "
-                "KVarNStaticCache with a larger max_tokens"
+                f"{rows.columns + 1} tokens: expected at most max_tokens={rows.settings.max_tokens}; make "
+                "the KVarNStaticCache with a larger max_tokens"
             )
         longest = max(sequence.length for sequence in rows.sequences)
         if longest >= self.max_tokens:
@@ -163,8 +163,9 @@ class CapturedDecoder:
                     self._logits = self._forward()
             except (RuntimeError, CudaError) as error:
                 raise CudaError(
-                    f"the model cannot be captured into a CUDA graph: expected a forward pass that neither waits "
-                    f"for the device nor allocates outside of torch; decode with a compiled model: {error}"
+                    "the model cannot be captured into a CUDA graph: expected a forward pass that neither "
+                    "waits for the device nor allocates outside of torch; decode with a compiled model: "
+                    f"{error}"
                 ) from error
         self._graph = graph
 

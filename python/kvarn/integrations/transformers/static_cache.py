@@ -17,9 +17,9 @@ class KVarNStaticCache(KVarNCache):
     """A `KVarNCache` that a model compiled with ``torch.compile(…, fullgraph=True)`` can use.
 
     The graph has no break, and one graph serves every step of the same shape: lengths, sealing and rows are
-    looked up when it runs. It computes what `KVarNCache` computes, by the same calls. Compiled or not, the same
-    cache can be used in turn, as `generate` does, which prefills eagerly. Everything else (`crop`, `reset`,
-    `reorder_cache`, copies…) is as with `KVarNCache`, outside of what is compiled::
+    looked up when it runs. It computes what `KVarNCache` computes, by the same calls. Eager and compiled calls
+    can take turns, as in `generate`, which prefills eagerly. Everything else (`crop`, `reset`, `reorder_cache`,
+    copies…) is as with `KVarNCache`, outside of what is compiled::
 
         model.set_attn_implementation("kvarn")
         cache = KVarNStaticCache(model.config, "kvarn_k4v2_g128", max_tokens=4096)
@@ -28,8 +28,8 @@ class KVarNStaticCache(KVarNCache):
         while True:
             logits = step(logits[:, -1:].argmax(-1), past_key_values=cache).logits
 
-    Compiled steps need the attention implementation ``"kvarn"``. With left padding, give them the padding mask,
-    best as [batch, max_tokens]: a mask that grows is compiled a second time, for any length. As with
+    Compiled steps need the attention implementation ``"kvarn"``. With left padding, give them the padding
+    mask, best as [batch, max_tokens]: a mask that grows is compiled a second time, for any length. As with
     `KVarNCache`, the host reads the mask once a step; without padding, give none.
 
     Args:
@@ -64,7 +64,8 @@ class KVarNStaticCache(KVarNCache):
     @property
     def kvarn_layers(self) -> list[KVarNStaticLayer]:
         """The layers, all of them."""
-        return self.layers
+        layers: Any = self.layers
+        return list(layers)
 
     @property
     def rows(self) -> Rows:
@@ -87,8 +88,8 @@ def _check_layers(decoder: PreTrainedConfig) -> None:
     for number, kind in enumerate(layer_kinds(decoder)):
         if not kind.full:
             raise UnsupportedError(
-                f"layer {number} of {type(decoder).__name__} is of type {kind.name}: expected full_attention in "
-                "every layer of a KVarNStaticCache. transformers' own static layers can neither be cropped nor "
-                "be put back when a step breaks off, and rows would part from them; use a KVarNCache, without "
-                "fullgraph"
+                f"layer {number} of {type(decoder).__name__} is of type {kind.name}: expected full_attention "
+                "in every layer of a KVarNStaticCache. transformers' own static layers can neither be cropped "
+                "nor be put back when a step breaks off, and rows would part from them; use a KVarNCache, "
+                "without fullgraph"
             )

@@ -17,7 +17,7 @@ from kvarn.integrations.transformers.rows import Rows
 class TracedChunk:
     """New keys and values of one layer on their way to the attention function, while a graph is traced.
 
-    What `Handle` is to eager calls. It is no tensor: nothing but the attention function ``"kvarn"`` can read it.
+    What `Handle` is to eager calls. It is no tensor: only the attention function ``"kvarn"`` can read it.
 
     Args:
         cache: the cache's handle.
@@ -37,7 +37,7 @@ class TracedChunk:
         return static_ops.attend(self.cache, self.layer, query, self.k, self.v, mask, scoring)
 
 
-class KVarNStaticLayer(KVarNLayer):
+class KVarNStaticLayer(KVarNLayer):  # type: ignore[no-untyped-call]
     """One layer of a `KVarNStaticCache`.
 
     What a graph would have to be compiled anew for (lengths, rows, the pool) is looked up when it runs.

@@ -1,9 +1,9 @@
 """Operators of torch over a `KVarNStaticCache`: what a compiled model holds instead of the cache.
 
 A graph holds no Python objects, so a cache is named by its handle, int64 [1] on the CPU, as a step is in
-`kvarn.torch_ops`. At run time an operator looks the cache up and does what the eager cache does. Every operator
-counts as writing to the handle, though its value stays, so that compilers leave all calls, and leave them in
-order. They wait for the host: a CUDA graph cannot hold them, and inductor leaves them out of its own.
+`kvarn.torch_ops`. At run time an operator looks the cache up and does what the eager cache does. Every
+operator counts as writing to the handle, though its value stays, so that compilers leave all calls, and leave
+them in order. Each call plans on the host: inductor is told to leave them out of CUDA graphs.
 
 None of the operators has a derivative.
 """
@@ -38,8 +38,8 @@ def _cache(handle: Tensor) -> "KVarNStaticCache":
     cache = _caches.get(serial)
     if cache is None:
         raise StateError(
-            f"cache handle {serial}: expected that of a KVarNStaticCache that exists; keep the cache while its "
-            "handle is used"
+            f"cache handle {serial}: expected that of a KVarNStaticCache that exists; keep the cache while "
+            "its handle is used"
         )
     return cache
 
