@@ -43,6 +43,9 @@ def mask(
         return _traced_mask(kwargs.get("attention_mask"), plain=plain)
     if static:
         kwargs["kv_offset"], most_columns, kv_length = 0, kv_length, q_offset + q_length
+        given = kwargs.get("attention_mask")
+        if given is not None and given.shape[1] == most_columns:
+            kwargs["attention_mask"] = given[:, :kv_length]
     # A StaticCache has more key columns than tokens: its masks are not causal from the last column.
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kwargs.get("kv_offset", 0)
     if aligned and plain:

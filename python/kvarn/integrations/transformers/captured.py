@@ -27,9 +27,9 @@ from kvarn.integrations.transformers.static_cache import KVarNStaticCache
 class CapturedDecoder:
     """Decodes one token a row at a time, each step by one launch of a CUDA graph.
 
-    The host then plans a step, once for all layers, and runs no Python of the model. The first call runs the
-    model eagerly if the cache holds back more than one token of a row, as it does behind a prompt; the next one
-    captures, which runs the model twice; later ones replay. A graph serves rows of any lengths up to
+    The host then plans a step, once for all layers, and runs no Python of the model. The first call runs
+    the model eagerly if the cache holds back more than one token of a row, as it does behind a prompt; the
+    next one captures, which runs the model twice; later ones replay. A graph serves rows of any lengths up to
     `max_tokens`. After `KVarNStaticCache.reset`, or with another number of rows, the next call captures anew.
     Between calls the cache can be used in any other way::
 

@@ -56,7 +56,8 @@ class Chunk:
         if forward.hides or (scoring.window is not None and self._has_holes()):
             keys, values = self.dense()
             return masked_attention(query, keys, values, self._visible(mask, scoring.window), scoring)
-        out = forward.unpack(self._attend(query, forward.pack(query), scoring))
+        with forward.reading():
+            out = forward.unpack(self._attend(query, forward.pack(query), scoring))
         self._done()
         return out
 
@@ -99,12 +100,13 @@ class Chunk:
             if not forward.planned:
                 forward.plan(None)
             forward.rows.materializations += 1
-            if forward.raw_first and not forward.appended(self.layer):
-                self._dense = self._read(raw=True)
-                self._append()
-            else:
-                self._append()
-                self._dense = self._read(raw=False)
+            with forward.reading():
+                if forward.raw_first and not forward.appended(self.layer):
+                    self._dense = self._read(raw=True)
+                    self._append()
+                else:
+                    self._append()
+                    self._dense = self._read(raw=False)
             self._done()
         return self._dense
 

@@ -17,9 +17,9 @@ class KVarNStaticCache(KVarNCache):
     """A `KVarNCache` that a model compiled with ``torch.compile(…, fullgraph=True)`` can use.
 
     The graph has no break, and one graph serves every step of the same shape: lengths, sealing and rows are
-    looked up when it runs. It computes what `KVarNCache` computes, by the same calls. Eager and compiled calls
-    can take turns, as in `generate`, which prefills eagerly. Everything else (`crop`, `reset`, `reorder_cache`,
-    copies…) is as with `KVarNCache`, outside of what is compiled::
+    looked up when it runs. It computes what `KVarNCache` computes, by the same calls. Eager and compiled
+    calls can take turns, as in `generate`, which prefills eagerly. Everything else (`crop`, `reset`,
+    `reorder_cache`, copies…) is as with `KVarNCache`, outside of what is compiled::
 
         model.set_attn_implementation("kvarn")
         cache = KVarNStaticCache(model.config, "kvarn_k4v2_g128", max_tokens=4096)
@@ -89,7 +89,7 @@ def _check_layers(decoder: PreTrainedConfig) -> None:
         if not kind.full:
             raise UnsupportedError(
                 f"layer {number} of {type(decoder).__name__} is of type {kind.name}: expected full_attention "
-                "in every layer of a KVarNStaticCache. transformers' own static layers can neither be cropped "
-                "nor be put back when a step breaks off, and rows would part from them; use a KVarNCache, "
+                "in every layer of a KVarNStaticCache. transformers' own static layers count tokens in "
+                "Python numbers, for which a graph is compiled anew, and cannot be cropped; use a KVarNCache "
                 "without fullgraph"
             )
