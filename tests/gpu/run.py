@@ -23,11 +23,14 @@ SCRIPTS = (
     "check.py",
     "check_golden.py",
     "check_long.py --no-times",
+    "check_parts.py",
     "check_prefixes.py",
     "check_saved.py",
     "check_transformers.py",
     "check_truncations.py",
 )
+# Small runs, under each tool of compute-sanitizer.
+SMALL = ("check.py --small", "check_parts.py --small")
 # These measure times, or what the whole device has given out.
 ALONE = ("check_host.py", "check_memory.py")
 # Kernels of torch may read what nobody wrote: only ours are watched for that. What copies read is not watched
@@ -65,10 +68,10 @@ def run(command, limit, wrapper=()):
     }
 
 
-def sanitize(tool, limit):
-    """compute-sanitizer on the small run of check.py."""
+def sanitize(tool, command, limit):
+    """compute-sanitizer on a small run."""
     wrapper = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", *TOOLS[tool]]
-    found = run("check.py --small", limit, wrapper)
+    found = run(command, limit, wrapper)
     summary = SUMMARY.search(found["text"])
     clean = summary is not None and re.search(r": 0 (errors|hazards)", summary[0]) is not None
     return {
@@ -97,7 +100,12 @@ def main():
     sanitizer = shutil.which("compute-sanitizer")
     with concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
         jobs = [pool.submit(run, command, arguments.limit) for command in SCRIPTS]
-        jobs += [pool.submit(sanitize, tool, arguments.limit) for tool in TOOLS if sanitizer]
+        jobs += [
+            pool.submit(sanitize, tool, command, arguments.limit)
+            for tool in TOOLS
+            for command in SMALL
+            if sanitizer
+        ]
         results = []
         for job in concurrent.futures.as_completed(jobs):
             results.append(job.result())

@@ -78,12 +78,10 @@ pub(crate) struct AttendPlan {
     pub launches: Vec<usize>,
     /// Most partial results of a launch, over its query blocks.
     pub parts: usize,
-    /// Most query blocks of a launch.
-    pub counters: usize,
     /// Most query columns of a block.
     pub columns: usize,
-    /// Partial results and query blocks of the last launch.
-    last: (usize, usize),
+    /// Partial results of the last launch.
+    last: usize,
 }
 
 /// A piece of a sequence: record tiles, or tokens of one slot.
@@ -129,9 +127,9 @@ impl AttendPlan {
             // Nothing to see: an item still writes the zeros.
             pieces.push(Piece { first_tile: 0, tiles: 0, slot: 0, slot_tokens: 0 });
         }
-        if self.launches.is_empty() || self.last.0 + pieces.len() > key.most_parts.max(pieces.len()) {
+        if self.launches.is_empty() || self.last + pieces.len() > key.most_parts.max(pieces.len()) {
             self.launches.push(self.count());
-            self.last = (0, 0);
+            self.last = 0;
         }
         for (part, piece) in pieces.iter().enumerate() {
             self.items.extend(
@@ -146,8 +144,8 @@ impl AttendPlan {
                     tokens,
                     position,
                     view.length,
-                    self.last.0,
-                    self.last.1,
+                    self.last,
+                    0,
                 ]
                 .map(|word| word as i32),
             );
@@ -155,9 +153,8 @@ impl AttendPlan {
             self.items.extend_from_slice(&view.block_table[tiles]);
             self.items.resize(self.items.len().next_multiple_of(ITEM_WORDS), 0);
         }
-        self.last = (self.last.0 + pieces.len(), self.last.1 + 1);
-        self.parts = self.parts.max(self.last.0);
-        self.counters = self.counters.max(self.last.1);
+        self.last += pieces.len();
+        self.parts = self.parts.max(self.last);
         self.columns = self.columns.max(tokens * key.group);
     }
 }
