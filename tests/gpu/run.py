@@ -26,6 +26,7 @@ SCRIPTS = (
     "check_parts.py",
     "check_prefixes.py",
     "check_saved.py",
+    "check_static.py",
     "check_transformers.py",
     "check_truncations.py",
 )

@@ -55,7 +55,7 @@ def graphs(monkeypatch):
         """With a count of its own."""
 
     @contextlib.contextmanager
-    def capture(graph):
+    def recording(graph, device):
         graph.record(decoders[-1])
         yield
 
@@ -80,7 +80,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(kvarn.Pool, "static_arrays", static_arrays)
     monkeypatch.setattr(kvarn.Step, "replay", lambda step, graph: graph.replay())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(captured, "recording", recording)
     Counted.decoders = decoders
     return Counted
 
@@ -222,12 +222,12 @@ def test_a_model_that_cannot_be_captured(model, graphs, monkeypatch):
     beside.steps(1)
 
     @contextlib.contextmanager
-    def refuses(graph):
+    def refuses(graph, device):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "graph", refuses)
+        patch.setattr(captured, "recording", refuses)
         with pytest.raises(
             CudaError, match=r"the model cannot be captured into a CUDA graph: .* not permitted"
         ):

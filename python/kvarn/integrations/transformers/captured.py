@@ -159,7 +159,7 @@ class CapturedDecoder:
         graph = torch.cuda.CUDAGraph()
         with decoding(rows, self._arrays, keep=False):
             try:
-                with torch.cuda.graph(graph):
+                with recording(graph, self.device):
                     self._logits = self._forward()
             except (RuntimeError, CudaError) as error:
                 raise CudaError(
@@ -222,6 +222,16 @@ def decoding(rows: Rows, arrays: StaticArrays | None, *, keep: bool = True) -> I
     finally:
         if rows.forward is not None:
             rows.abandon()
+
+
+@contextmanager
+def recording(graph: Any, device: torch.device) -> Iterator[None]:
+    """Record the work of the block into a graph; whatever happens, the current stream is the same after."""
+    current = torch.cuda.current_stream(device)
+    own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # torch leaves the graph's stream current if a capture fails.
+    with torch.cuda.stream(current), torch.cuda.graph(graph, stream=own):
+        yield
 
 
 def _cuda_device(model: Any) -> torch.device:
