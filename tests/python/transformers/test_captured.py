@@ -22,6 +22,7 @@ from kvarn import (
     StateError,
 )
 from kvarn.integrations.transformers import UnsupportedError, captured
+from matrix_models import MODELS
 from tiny_models import FAMILIES, left_padding, tiny, tokens
 
 PRESET = "kvarn_k4v2_g64"
@@ -272,6 +273,16 @@ def test_another_attention(graphs):
     model = tiny(*FAMILIES["llama"], num_hidden_layers=1)
     model.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedError, match="attention implementation 'sdpa' with a CapturedDecoder"):
+        CapturedDecoder(model, KVarNStaticCache(model.config, PRESET))
+
+
+def test_layers_that_keep_a_state(graphs):
+    *classes, changes = MODELS["Qwen3-Next"]
+    model = tiny(*classes, head_dim=64, **changes)
+    model.set_attn_implementation("kvarn")
+    with pytest.raises(
+        UnsupportedError, match=r"layer 0 \(LinearAttentionLayer\) of the cache with a Captured"
+    ):
         CapturedDecoder(model, KVarNStaticCache(model.config, PRESET))
 
 

@@ -6,6 +6,8 @@ import kvarn
 import pytest
 import torch
 from kvarn import CapacityError, KVarNCache, KVarNStaticCache, ShapeError
+from kvarn.integrations.transformers import UnsupportedError
+from matrix_models import MODELS as MIXED
 from tiny_models import FAMILIES, assert_close, left_padding, tiny, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -102,6 +104,23 @@ def test_one_graph_serves_every_step(family, dtype):
             assert torch.equal(logits, expected)
     assert compiled.graphs == 1
     pair.assert_same_state()
+
+
+def test_linear_layers_are_transformers_own():
+    *classes, changes = MIXED["Qwen3-Next"]
+    model = tiny(*classes, head_dim=64, **changes)
+    model.set_attn_implementation("kvarn")
+    ids = tokens(2, 220)
+    pair, compiled = Pair(model, ids[:, :50]), Compiled(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for index in range(50, 220):
+            logits, expected = pair.step(compiled, ids[:, index : index + 1])
+            assert torch.equal(logits, expected)
+    assert compiled.graphs == 1
+    pair.assert_same_state()
+    with pytest.raises(UnsupportedError, match=r"crop\(-1\): layer 0 \(LinearAttentionLayer\)"):
+        pair.static.crop(-1)
+    assert pair.static.get_seq_length() == 220
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ from kvarn import ConfigError, DTypeError, KVarNStaticCache, ShapeError, StateEr
 from kvarn.integrations.transformers import UnsupportedError
 from tiny_models import FAMILIES, run, tiny, tokens
 from torch._dynamo.exc import Unsupported
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen3NextConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
 PRESET = "kvarn_k4v2_g64"
 HEADS, KV_HEADS, D = 4, 2, 32
@@ -45,11 +45,11 @@ def refused_when_traced(model, text, **inputs):
     [
         (
             Gemma3TextConfig(num_hidden_layers=6, sliding_window=64),
-            "layer 0 of Gemma3TextConfig is of type sliding_attention: expected full_attention in every",
+            "layer 0 of Gemma3TextConfig is of type sliding_attention: expected full_attention, or a",
         ),
         (
-            Qwen3NextConfig(num_hidden_layers=4),
-            "layer 0 of Qwen3NextConfig is of type linear_attention: expected full_attention in every layer",
+            LlamaConfig(num_hidden_layers=4, num_kv_shared_layers=2),
+            "later layers of LlamaConfig attend to the keys and values of earlier ones: expected",
         ),
     ],
 )

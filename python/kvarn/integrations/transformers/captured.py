@@ -52,7 +52,7 @@ class CapturedDecoder:
     Raises:
         CudaUnavailableError: torch has no CUDA device.
         DeviceError: the model is elsewhere.
-        UnsupportedError: the model's attention is not ``"kvarn"``.
+        UnsupportedError: the model's attention is not ``"kvarn"``, or a layer is not a full-attention layer.
         CapacityError: max_tokens is more than the cache takes.
     """
 
@@ -64,6 +64,13 @@ class CapturedDecoder:
                 f"attention implementation {attention!r} with a CapturedDecoder: expected 'kvarn'; call "
                 "model.set_attn_implementation('kvarn')"
             )
+        for number, layer in enumerate(cache.layers):
+            if layer not in cache.kvarn_layers:
+                raise UnsupportedError(
+                    f"layer {number} ({type(layer).__name__}) of the cache with a CapturedDecoder: expected "
+                    "full attention in every layer, as a capture runs the model twice and takes back only "
+                    "what rows store; decode with a compiled model"
+                )
         most = cache.rows.settings.max_tokens
         if max_tokens is not None and not 1 <= max_tokens <= most:
             raise CapacityError(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvarn.integrations.transformers import static_ops
@@ -33,15 +34,20 @@ class KVarNStaticCache(KVarNCache):
     `KVarNCache`, the host reads the mask once a step; without padding, give none.
 
     Args:
-        config: the model's config (``model.config``). All its layers must be full attention.
+        config: the model's config (``model.config``).
         preset: ``kvarn_k{bits}v{bits}_g{group}``, see `kvarn.presets`.
         max_tokens: columns that a row can hold, padding included; None: ``config.max_position_embeddings``.
         max_rows: rows that the cache and its copies can hold together; None: as `KVarNCache`.
         **options: as `KVarNCache` has them.
 
     Raises:
-        UnsupportedError: as `KVarNCache`; or a layer is not a full-attention layer.
+        UnsupportedError: as `KVarNCache`; or a layer other than full attention counts its tokens, as sliding
+            layers do; or layers share keys and values.
         ConfigError: the preset, or another argument, is not supported.
+
+    Attributes:
+        handle: what names the cache to operators in a graph, int64 [1] on the CPU.
+        kvarn_layers: the full-attention layers.
     """
 
     layer_class = KVarNStaticLayer
@@ -57,15 +63,16 @@ class KVarNStaticCache(KVarNCache):
     ) -> None:
         _check_layers(config.get_text_config(decoder=True))
         super().__init__(config, preset, max_tokens=max_tokens, max_rows=max_rows, **options)
-        self.handle = torch.tensor([static_ops.serial_of(self)])
+        if self._rows.sharing:
+            raise UnsupportedError(
+                f"later layers of {type(config).__name__} attend to the keys and values of earlier ones: "
+                "expected keys and values of its own in every layer of a KVarNStaticCache, whose operators "
+                "append where they attend; use a KVarNCache without fullgraph"
+            )
+        self.handle: Tensor = torch.tensor([static_ops.serial_of(self)])
+        self.kvarn_layers = [layer for layer in self.layers if isinstance(layer, KVarNStaticLayer)]
         for layer in self.kvarn_layers:
             layer.cache = self.handle
-
-    @property
-    def kvarn_layers(self) -> list[KVarNStaticLayer]:
-        """The layers, all of them."""
-        layers: Any = self.layers
-        return list(layers)
 
     @property
     def rows(self) -> Rows:
@@ -86,10 +93,10 @@ class KVarNStaticCache(KVarNCache):
 
 def _check_layers(decoder: PreTrainedConfig) -> None:
     for number, kind in enumerate(layer_kinds(decoder)):
-        if not kind.full:
+        if not (kind.full or kind.static):
             raise UnsupportedError(
-                f"layer {number} of {type(decoder).__name__} is of type {kind.name}: expected full_attention "
-                "in every layer of a KVarNStaticCache. transformers' own static layers count tokens in "
-                "Python numbers, for which a graph is compiled anew, and cannot be cropped; use a KVarNCache "
-                "without fullgraph"
+                f"layer {number} of {type(decoder).__name__} is of type {kind.name}: expected "
+                "full_attention, or a type whose state is of one size, as linear_attention, in a "
+                "KVarNStaticCache. Other static layers of transformers count tokens in Python numbers, for "
+                "which a graph is compiled anew, and cannot be cropped; use a KVarNCache without fullgraph"
             )
