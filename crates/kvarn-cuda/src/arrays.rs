@@ -165,7 +165,7 @@ impl StepShape {
     /// Most items, and partial results, of an attention.
     pub(crate) fn items(&self, rule: &SealRule, key: AttendKey) -> usize {
         let group = rule.group();
-        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group, key.kv_heads));
+        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group, key));
         let records = (1..=rule.tiles(self.tokens)).map(record_items).max().unwrap_or(0);
         self.query_blocks(key) * (self.slots(rule) + records)
     }
