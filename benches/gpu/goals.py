@@ -189,11 +189,10 @@ STREAM = (
 )
 
 SIXTEEN = (
-    "**16 query columns** run with two warps per scheduler, because of registers, and a piece costs them much "
-    "beside its tiles: in an experiment apart, eight sequences of 131072 tokens with 16 query heads of one "
-    "KV head took 93 µs in pieces of 512 tokens, 78 in pieces of 1536 and 57 in pieces of 4096. One sequence "
-    "alone takes the longer the larger its pieces are (29, 27 and 36 µs), and how it is cut must not depend on "
-    "the batch, or results would."
+    "**16 query columns** run with two warps per scheduler, because of registers, and a piece costs them "
+    "much beside its tiles: in an experiment apart, eight sequences of 131072 tokens with 16 query heads of "
+    "one KV head took 93 µs in pieces of 512 tokens, 78 in pieces of 1536 and 57 in pieces of 4096. One "
+    "sequence alone took 29, 27 and 36 µs, and how it is cut must not depend on the batch, or results would."
 )
 
 EXPAND = (
@@ -208,8 +207,8 @@ TRIED = (
     "end of a piece (results in shared memory of their own, the last warp merges: slower, the "
     "instruction cache misses more); queries loaded before the records; laying out the queries while "
     "records arrive; another shared-memory carve-out; with 16 query columns, results apart from the buffers "
-    "of V, so that V of the next piece is on its way while they are merged; for expand, rows that leave by way of shared memory, "
-    "as whole rows by bulk copies or 16 bytes a lane."
+    "of V, so that V of the next piece is on its way while they are merged; for expand, rows that leave by "
+    "way of shared memory, as whole rows by bulk copies or 16 bytes a lane."
 )
 
 
