@@ -320,16 +320,49 @@ proptest! {
 
 #[test]
 fn longer_sequences_and_more_heads_have_larger_items() {
-    for (group, kv_heads, sizes) in [
-        (128, 8, [4, 8, 16, 32]),
-        (64, 8, [8, 16, 32, 32]),
-        (128, 40, [4, 8, 16, 32]),
-        (128, 5, [4, 8, 16, 32]),
-        (128, 4, [4, 4, 8, 16]),
-        (128, 2, [4, 4, 4, 8]),
-        (64, 1, [8, 8, 8, 16]),
+    for (tile, kv_heads, group, sizes) in [
+        (128, 8, 4, [4, 8, 16, 12, 21]),
+        (64, 8, 4, [8, 16, 32, 24, 32]),
+        (128, 40, 1, [4, 8, 16, 12, 21]),
+        (128, 4, 8, [4, 8, 8, 8, 16]),
+        (128, 2, 1, [4, 8, 8, 8, 16]),
+        (128, 1, 8, [4, 8, 8, 8, 8]),
+        (64, 1, 16, [16, 16, 16, 16, 32]),
+        (128, 8, 16, [8, 8, 16, 12, 21]),
     ] {
-        let found = [4_096, 16_384, 65_536, 65_537].map(|tokens| item_tiles(tokens, group, kv_heads));
-        assert_eq!(found, sizes, "{group} {kv_heads}");
+        let key = AttendKey {
+            appended: true,
+            kv_heads,
+            group,
+            query_tokens: 1,
+            window: usize::MAX,
+            most_tokens: usize::MAX,
+            most_parts: usize::MAX,
+        };
+        let found = [4_096, 16_384, 49_152, 98_304, 98_305].map(|tokens| item_tiles(tokens, tile, key));
+        assert_eq!(found, sizes, "{tile} {kv_heads} {group}");
+    }
+}
+
+#[test]
+fn no_length_has_more_record_items_than_the_most() {
+    for (tile, kv_heads, group) in [(128, 8, 4), (64, 8, 16), (128, 4, 1), (64, 1, 8), (128, 1, 16)] {
+        let key = AttendKey {
+            appended: true,
+            kv_heads,
+            group,
+            query_tokens: 1,
+            window: usize::MAX,
+            most_tokens: usize::MAX,
+            most_parts: usize::MAX,
+        };
+        let mut most = 0;
+        for tiles in 1..3_000_usize {
+            most = most.max(tiles.div_ceil(item_tiles(tiles * tile, tile, key)));
+            assert_eq!(most_record_items(tiles, tile, key), most, "{tiles} of {tile}, {kv_heads} {group}");
+        }
+        for step in STEPS {
+            assert_eq!(step % tile, 0, "sizes change between tiles");
+        }
     }
 }
