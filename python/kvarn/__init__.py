@@ -41,7 +41,7 @@ from kvarn.prefix import prefix_keys
 from kvarn.step import Step
 
 if TYPE_CHECKING:
-    from kvarn.integrations.transformers import KVarNCache
+    from kvarn.integrations.transformers import KVarNBatching, KVarNCache
 
 __all__ = [
     "Capacity",
@@ -54,6 +54,7 @@ __all__ = [
     "DeviceError",
     "EncodeCounts",
     "FormatError",
+    "KVarNBatching",
     "KVarNCache",
     "KvarnError",
     "LayerShape",
@@ -80,7 +81,7 @@ __all__ = [
 ]
 
 # Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
-_LAZY = {"KVarNCache": "kvarn.integrations.transformers"}
+_LAZY = dict.fromkeys(("KVarNBatching", "KVarNCache"), "kvarn.integrations.transformers")
 
 
 def __getattr__(name: str) -> Any:

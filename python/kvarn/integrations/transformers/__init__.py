@@ -13,9 +13,10 @@ each step; ``KVarNCache.materializations`` counts them.
 """
 
 from kvarn.integrations.transformers.attention import register
+from kvarn.integrations.transformers.batching import KVarNBatching
 from kvarn.integrations.transformers.cache import KVarNCache
 from kvarn.integrations.transformers.errors import UnsupportedError
 
 register()
 
-__all__ = ["KVarNCache", "UnsupportedError"]
+__all__ = ["KVarNBatching", "KVarNCache", "UnsupportedError"]
