@@ -99,25 +99,30 @@ class PoolProcessor(ContinuousBatchProcessor):
         assert packed is not None
         self._run(model, self._batch, packed)
 
-    def _run(self, model: Any, batch: list[FutureRequestState], packed: PackedBatch) -> None:
+    def _run(self, model: Any, batch: list[FutureRequestState], packed: PackedBatch | None = None) -> None:
         """Run requests together; if that fails, in two halves, so that only who fails alone is lost."""
         try:
+            if packed is None:
+                packed = self._open(batch)
             tokens, logprobs = self._forward(model, batch, packed)
             packed.finish()
         except Exception as error:
-            packed.abandon()
+            if packed is not None:
+                packed.abandon()
             if len(batch) == 1:
                 logger.exception("request %r failed", batch[0].state.request_id)
                 self._failed.append((batch[0].state, error))
                 return
             half = len(batch) // 2
-            residents = self.scheduler.residents
-            for part in (batch[:half], batch[half:]):
-                sequences = [residents[future.state.request_id] for future in part]
-                counts = [future.query_length for future in part]
-                self._run(model, part, PackedBatch(residents.pool, sequences, counts))
+            self._run(model, batch[:half])
+            self._run(model, batch[half:])
             return
         self._done.append((batch, tokens, logprobs))
+
+    def _open(self, batch: list[FutureRequestState]) -> PackedBatch:
+        residents = self.scheduler.residents
+        sequences = [residents[future.state.request_id] for future in batch]
+        return PackedBatch(residents.pool, sequences, [future.query_length for future in batch])
 
     def _forward(
         self, model: Any, batch: list[FutureRequestState], packed: PackedBatch
