@@ -21,6 +21,7 @@ import torch
 HERE = pathlib.Path(__file__).parent
 SCRIPTS = (
     "check.py",
+    "check_continuous.py",
     "check_golden.py",
     "check_long.py --no-times",
     "check_prefixes.py",

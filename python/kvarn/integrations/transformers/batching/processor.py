@@ -106,6 +106,8 @@ class PoolProcessor(ContinuousBatchProcessor):
                 packed = self._open(batch)
             tokens, logprobs = self._forward(model, batch, packed)
             packed.finish()
+            self._done.append((batch, tokens, logprobs))
+            return
         except Exception as error:
             if packed is not None:
                 packed.abandon()
@@ -113,11 +115,9 @@ class PoolProcessor(ContinuousBatchProcessor):
                 logger.exception("request %r failed", batch[0].state.request_id)
                 self._failed.append((batch[0].state, error))
                 return
-            half = len(batch) // 2
-            self._run(model, batch[:half])
-            self._run(model, batch[half:])
-            return
-        self._done.append((batch, tokens, logprobs))
+        half = len(batch) // 2
+        self._run(model, batch[:half])
+        self._run(model, batch[half:])
 
     def _open(self, batch: list[FutureRequestState]) -> PackedBatch:
         residents = self.scheduler.residents
