@@ -259,10 +259,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
     const bool ends = item.part + 1 == item.parts || work.count == 1;
     const int done = min(i, item.part) + 1;  // of this query block and head by this share
     __syncthreads();  // the results have been read
-    if (ends && item.parts > 1 &&
-        last_to_arrive(p.counters + item.counter * p.cache.kv_heads + work.head, done, item.parts,
-                       reinterpret_cast<int*>(memory + M::flag))) {
-      merge_parts<L::D, NT, M::warps>(p, item, work.head, results, M::buffers);
+    if (ends && item.parts > 1) {
+      arrive<L::D, NT, M::warps>(p, item, work.head, done, reinterpret_cast<int*>(memory + M::flag), results, M::buffers);
       fetch_after_writes();
       __syncthreads();
     }

@@ -2,8 +2,9 @@
 //
 // A partial result is (base, sum, out): out / sum is attention over some of the keys, base what logits were measured from,
 // in base 2. Merges happen in a fixed order: the warps of a block, then the parts of a query block, done by the thread block
-// that arrives last: warp w merges parts w, w + warps …, then the warps' results are merged as before. How a sequence is cut
-// into parts depends on its own length only, so a result does not depend on the batch.
+// that arrives last. Of many parts, groups of neighbours are merged first, each by the block that arrives last of its own:
+// one block would read them for longer than the others worked on them. How a sequence is cut into parts depends on its own
+// length only, so a result does not depend on the batch.
 //
 // Columns lie in a warp as rotate.cuh lays out head vectors: eight channels a lane, several columns side by side.
 #pragma once
@@ -73,15 +74,20 @@ struct WarpResults {
   static constexpr int bytes = 8 * NT * row * 4;
 };
 
-// Merges the warps' results of one column; those of warp w lie at `results` + w `stride` bytes.
+// Merges the results of one column that the first `count` warps left; those of warp w lie at `results` + w `stride` bytes.
 template <int D, int NT, int Warps>
-__device__ __forceinline__ Column merge_warps(const unsigned char* results, int stride, int column, int channel) {
+__device__ __forceinline__ Column merge_warps(const unsigned char* results, int stride, int count, int column,
+                                              int channel) {
   float2 base_sum[Warps];
   float values[Warps][8];
 #pragma unroll
   for (int w = 0; w < Warps; w++) {
-    const float* row = reinterpret_cast<const float*>(results + w * stride) + column * WarpResults<D, NT>::row;
+    // Those of the first once more, with the weight of nothing.
+    const bool any = w < count;
+    const float* row =
+        reinterpret_cast<const float*>(results + (any ? w : 0) * stride) + column * WarpResults<D, NT>::row;
     base_sum[w] = *reinterpret_cast<const float2*>(row + D);
+    if (!any) base_sum[w].y = 0.0f;
     load8(values[w], row + channel);
   }
   Column merged;
@@ -123,6 +129,13 @@ struct Parts {
         stride(int64_t(p.cache.kv_heads) * p.columns) {}
 };
 
+// Leaves this lane's channels of a column of the workspace.
+template <int D>
+__device__ __forceinline__ void store_part(const AttendParams& p, int64_t to, int channel, const Column& result) {
+  store8(p.partial_out + to * D + channel, result.out);
+  if (channel == 0) reinterpret_cast<float2*>(p.partial_base_sum)[to] = make_float2(result.base, result.sum);
+}
+
 // Merges the results of the block's warps and hands them on: to the output if they are all there is, else to the workspace.
 // All threads call, after a barrier.
 template <int D, int NT, int Warps>
@@ -135,67 +148,78 @@ __device__ __forceinline__ void hand_on(const AttendParams& p, const Item& item,
     const bool any = column < columns && at.holds();
     Column result;
     result.init();
-    if (any) result = merge_warps<D, NT, Warps>(results, stride, column, at.channel);
+    if (any) result = merge_warps<D, NT, Warps>(results, stride, Warps, column, at.channel);
     if (item.parts == 1) {
       write_column<D>(p, item, head, column, column < columns, result);
     } else if (any) {
       const Parts parts(p, item, head);
-      const int64_t to = parts.first + item.part * parts.stride + column;
-      store8(p.partial_out + to * D + at.channel, result.out);
-      if (at.channel == 0) reinterpret_cast<float2*>(p.partial_base_sum)[to] = make_float2(result.base, result.sum);
+      store_part<D>(p, parts.first + item.part * parts.stride + column, at.channel, result);
     }
   }
 }
 
-// Merges all parts, and writes the output. Loads of many parts are under way together: this is latency and nothing else.
-// All threads call; `results` is free and is not read afterwards.
+// Which parts of a query block are merged: first, first + step …
+struct Merged {
+  int first, count, step;
+};
+
+// Merges parts: to the output, or to where the first of them lay. Loads of many parts are under way together: this is
+// latency and nothing else. All threads call; `results` is free and is not read afterwards.
 template <int D, int NT, int Warps>
-__device__ __forceinline__ void merge_parts(const AttendParams& p, const Item& item, int head, unsigned char* results,
-                                            int stride) {
+__device__ __forceinline__ void merge_parts(const AttendParams& p, const Item& item, int head, Merged of, bool to_output,
+                                            unsigned char* results, int stride) {
   constexpr int batch = 8;
   const Vectors<D> at;
   const Parts parts(p, item, head);
+  const int64_t begin = parts.first + of.first * parts.stride, step = of.step * parts.stride;
   const int warp = threadIdx.x / 32, columns = item.query_tokens * p.group;
-  for (int first = 0; first < columns; first += at.per_warp) {
+  // Warps that share a column's parts: warp w of them has parts w, w + split …
+  const int split = min(of.count > 2 * batch ? 4 : of.count > batch ? 2 : 1, Warps);
+  for (int first = warp / split * at.per_warp; first < columns; first += Warps / split * at.per_warp) {
     const int column = first + at.vector;
     if (column >= columns || !at.holds()) continue;
-    const float2* base_sum = reinterpret_cast<const float2*>(p.partial_base_sum) + parts.first + column;
-    const float* out = p.partial_out + (parts.first + column) * D + at.channel;
+    const float2* base_sum = reinterpret_cast<const float2*>(p.partial_base_sum) + begin + column;
+    const float* out = p.partial_out + (begin + column) * D + at.channel;
     Column merged;
     merged.init();
 #pragma unroll 1
-    for (int part = warp; part < item.parts; part += Warps * batch) {
+    for (int part = warp % split; part < of.count; part += split * batch) {
       float values[batch][8];
       float2 from[batch];
 #pragma unroll
       for (int j = 0; j < batch; j++) {
-        const int64_t row = (part + j * Warps) * parts.stride;
+        const int64_t row = (part + j * split) * step;
         from[j] = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < 8; i++) values[j][i] = 0;
-        if (part + j * Warps < item.parts) {
+        if (part + j * split < of.count) {
           from[j] = __ldcg(base_sum + row);
           load8_global(values[j], out + row * D);
         }
       }
       merge(merged, from, values);
     }
-    float* row = reinterpret_cast<float*>(results + warp * stride) + column * WarpResults<D, NT>::row;
+    float* row = reinterpret_cast<float*>(results + warp % split * stride) + column * WarpResults<D, NT>::row;
     store8(row + at.channel, merged.out);
     if (at.channel == 0) *reinterpret_cast<float2*>(row + D) = make_float2(merged.base, merged.sum);
   }
   __syncthreads();
   for (int first = warp * at.per_warp; first < columns; first += Warps * at.per_warp) {
     const int column = first + at.vector;
+    const bool any = column < columns && at.holds();
     Column result;
     result.init();
-    if (column < columns && at.holds()) result = merge_warps<D, NT, Warps>(results, stride, column, at.channel);
-    write_column<D>(p, item, head, column, column < columns, result);
+    if (any) result = merge_warps<D, NT, Warps>(results, stride, split, column, at.channel);
+    if (to_output)
+      write_column<D>(p, item, head, column, column < columns, result);
+    else if (any)
+      store_part<D>(p, begin + column, at.channel, result);
   }
 }
 
 // Whether this block's `done` parts are the last of all `parts`: then everything that any block wrote of them is visible
-// to it. All threads call, after a barrier behind their writes; a barrier comes last within.
+// to it. All threads call, after a barrier behind their writes and behind what they read of `flag`; a barrier comes last
+// within.
 __device__ __forceinline__ bool last_to_arrive(int32_t* counter, int done, int parts, int* flag) {
   if (threadIdx.x == 0) {
     int before;
@@ -205,6 +229,34 @@ __device__ __forceinline__ bool last_to_arrive(int32_t* counter, int done, int p
   }
   __syncthreads();
   return *flag;
+}
+
+// Up to so many parts are merged at once, more of them in groups.
+constexpr int kMergedAtOnce = 32, kMergedGroup = 16;
+
+// Counts the `done` parts that end with the item's as there, and merges what is complete. All threads call, after a
+// barrier behind their writes; `results` is free and is not read afterwards.
+template <int D, int NT, int Warps>
+__device__ __forceinline__ void arrive(const AttendParams& p, const Item& item, int head, int done, int* flag,
+                                       unsigned char* results, int stride) {
+  // One for each part: that of a group's first counts the group, that of part 1 the groups.
+  int32_t* counters = p.counters + int64_t(item.first_part) * p.cache.kv_heads + head;
+  int merged = done, count = item.parts, step = 1;
+  if (item.parts > kMergedAtOnce) {
+    merged = 0, count = (item.parts + kMergedGroup - 1) / kMergedGroup, step = kMergedGroup;
+#pragma unroll 1
+    for (int first = (item.part + 1 - done) / kMergedGroup * kMergedGroup; first <= item.part; first += kMergedGroup) {
+      const int begin = max(first, item.part + 1 - done), end = min(first + kMergedGroup, item.part + 1);
+      const int size = min(kMergedGroup, item.parts - first);
+      if (last_to_arrive(counters + first * p.cache.kv_heads, end - begin, size, flag)) {
+        merge_parts<D, NT, Warps>(p, item, head, {first, size, 1}, false, results, stride);
+        merged++;
+      }
+      __syncthreads();
+    }
+  }
+  if (merged > 0 && last_to_arrive(counters + p.cache.kv_heads, merged, count, flag))
+    merge_parts<D, NT, Warps>(p, item, head, {0, count, step}, true, results, stride);
 }
 
 }  // namespace kvarn

@@ -62,7 +62,7 @@ struct Item {
   int32_t position;    // position of the first query
   int32_t stored;      // tokens stored of the sequence
   int32_t first_part;  // where the block's parts begin in the workspace
-  int32_t counter;     // which arrival counter the block's parts share
+  int32_t unused;
   int32_t pages[kItemTiles];  // of the record tiles
 };
 
@@ -83,7 +83,7 @@ struct AttendParams {
   float* lse;                  // [rows][heads] or null
   float* partial_out;          // [parts][kv_heads][columns][D]
   float* partial_base_sum;     // [parts][kv_heads][columns][2]
-  int32_t* counters;           // [counters][kv_heads], zero between launches
+  int32_t* counters;           // [parts][kv_heads], parts that arrived; zero between launches
   int32_t dtype, rotated, group, columns;  // group: query heads per KV head; columns: of the largest query block
   int32_t window;              // INT32_MAX: none
   int32_t sink_tokens;         // positions of tile 0 that are read from its slot even when it has a page

@@ -19,16 +19,20 @@ import time
 import torch
 
 HERE = pathlib.Path(__file__).parent
+# Those that take longest first.
 SCRIPTS = (
-    "check.py",
-    "check_continuous.py",
-    "check_golden.py",
-    "check_long.py --no-times",
-    "check_prefixes.py",
-    "check_saved.py",
     "check_transformers.py",
     "check_truncations.py",
+    "check.py",
+    "check_continuous.py",
+    "check_long.py --no-times",
+    "check_parts.py",
+    "check_saved.py",
+    "check_golden.py",
+    "check_prefixes.py",
 )
+# Small runs, under each tool of compute-sanitizer.
+SMALL = ("check.py --small", "check_parts.py --small")
 # These measure times, or what the whole device has given out.
 ALONE = ("check_host.py", "check_memory.py")
 # Kernels of torch may read what nobody wrote: only ours are watched for that. What copies read is not watched
@@ -43,11 +47,16 @@ SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: .*")
 
 def run(command, limit, wrapper=()):
     """Runs a command of this folder; what to report of it."""
+    # Processes side by side would each start a thread for every core.
+    alone = command.split()[0] in ALONE
+    limits = {} if alone else {"OMP_NUM_THREADS": "2", "KVARN_NUM_THREADS": "2"}
     started = time.time()
     script, *options = command.split()
     line = [*wrapper, sys.executable, str(HERE / script), *options]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=limit, check=False, env=os.environ | limits
+        )
         text, status = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
         text, status = (error.stdout or b"").decode(), f"not done after {limit} s"
@@ -66,10 +75,10 @@ def run(command, limit, wrapper=()):
     }
 
 
-def sanitize(tool, limit):
-    """compute-sanitizer on the small run of check.py."""
+def sanitize(tool, command, limit):
+    """compute-sanitizer on a small run."""
     wrapper = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", *TOOLS[tool]]
-    found = run("check.py --small", limit, wrapper)
+    found = run(command, limit, wrapper)
     summary = SUMMARY.search(found["text"])
     clean = summary is not None and re.search(r": 0 (errors|hazards)", summary[0]) is not None
     return {
@@ -96,9 +105,14 @@ def main():
     parser.add_argument("--limit", type=int, default=1200, help="seconds that a script may take")
     arguments = parser.parse_args()
     sanitizer = shutil.which("compute-sanitizer")
-    with concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
-        jobs = [pool.submit(run, command, arguments.limit) for command in SCRIPTS]
-        jobs += [pool.submit(sanitize, tool, arguments.limit) for tool in TOOLS if sanitizer]
+    with concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
+        jobs = [
+            pool.submit(sanitize, tool, command, arguments.limit)
+            for tool in TOOLS
+            for command in SMALL
+            if sanitizer
+        ]
+        jobs += [pool.submit(run, command, arguments.limit) for command in SCRIPTS]
         results = []
         for job in concurrent.futures.as_completed(jobs):
             results.append(job.result())

@@ -165,7 +165,7 @@ impl StepShape {
     /// Most items, and partial results, of an attention.
     pub(crate) fn items(&self, rule: &SealRule, key: AttendKey) -> usize {
         let group = rule.group();
-        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group, key.kv_heads));
+        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group, key));
         let records = (1..=rule.tiles(self.tokens)).map(record_items).max().unwrap_or(0);
         self.query_blocks(key) * (self.slots(rule) + records)
     }
@@ -228,7 +228,7 @@ mod tests {
                 let (append, attend) = (AppendPlan::new(&plan, 128), AttendPlan::new(&plan, &rule, key));
                 let cost = Cost { record: 13_824, token: 512 };
                 let (shares, _) = launches(&attend, 8, Grid { resident: 396, room: None }, cost);
-                assert_eq!((append.slot_of_row.len(), attend.counters), (batch, batch));
+                assert_eq!(append.slot_of_row.len(), batch);
                 assert!(!shares.is_empty());
                 for (kept, time) in microseconds.iter_mut().zip([planned, start.elapsed()]) {
                     kept.push(time.as_secs_f64() * 1e6);

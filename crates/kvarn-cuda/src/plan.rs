@@ -78,12 +78,10 @@ pub(crate) struct AttendPlan {
     pub launches: Vec<usize>,
     /// Most partial results of a launch, over its query blocks.
     pub parts: usize,
-    /// Most query blocks of a launch.
-    pub counters: usize,
     /// Most query columns of a block.
     pub columns: usize,
-    /// Partial results and query blocks of the last launch.
-    last: (usize, usize),
+    /// Partial results of the last launch.
+    last: usize,
 }
 
 /// A piece of a sequence: record tiles, or tokens of one slot.
@@ -124,14 +122,14 @@ impl AttendPlan {
         let position = sequence.start() + first;
         let low = (position + 1).saturating_sub(key.window);
         let high = (position + tokens).min(view.length);
-        let mut pieces = pieces(view, rule, key.kv_heads, low, high);
+        let mut pieces = pieces(view, rule, key, low, high);
         if pieces.is_empty() {
             // Nothing to see: an item still writes the zeros.
             pieces.push(Piece { first_tile: 0, tiles: 0, slot: 0, slot_tokens: 0 });
         }
-        if self.launches.is_empty() || self.last.0 + pieces.len() > key.most_parts.max(pieces.len()) {
+        if self.launches.is_empty() || self.last + pieces.len() > key.most_parts.max(pieces.len()) {
             self.launches.push(self.count());
-            self.last = (0, 0);
+            self.last = 0;
         }
         for (part, piece) in pieces.iter().enumerate() {
             self.items.extend(
@@ -146,8 +144,8 @@ impl AttendPlan {
                     tokens,
                     position,
                     view.length,
-                    self.last.0,
-                    self.last.1,
+                    self.last,
+                    0,
                 ]
                 .map(|word| word as i32),
             );
@@ -155,29 +153,31 @@ impl AttendPlan {
             self.items.extend_from_slice(&view.block_table[tiles]);
             self.items.resize(self.items.len().next_multiple_of(ITEM_WORDS), 0);
         }
-        self.last = (self.last.0 + pieces.len(), self.last.1 + 1);
-        self.parts = self.parts.max(self.last.0);
-        self.counters = self.counters.max(self.last.1);
+        self.last += pieces.len();
+        self.parts = self.parts.max(self.last);
         self.columns = self.columns.max(tokens * key.group);
     }
 }
 
-/// Tiles of an item, for a sequence of `tokens` tokens in a layer of `kv_heads` heads: few for short ones, so that they fill
-/// the device, more for long ones, so that fewer partial results are written. With few heads, each of which is a thread
-/// block's own work, fewer: a device may hold a part of a model's heads.
-pub(crate) fn item_tiles(tokens: usize, group: usize, kv_heads: usize) -> usize {
-    let (least, tokens_per_item) = match tokens {
-        0..=4_096 => (512, 512),
-        4_097..=16_384 => (512, 1_024),
-        16_385..=65_536 => (512, 2_048),
-        _ => (1_024, 4_096),
+/// Tiles of an item, for a sequence of `tokens` tokens in tiles of `tile`: few for short sequences, so that they fill the device,
+/// more for long ones, so that fewer partial results are written. With few KV heads, each of which is a thread block's own
+/// work, fewer: a device may hold a part of a model's heads. With more than eight query heads each, more: their partial
+/// results are large.
+///
+/// What measured best for one sequence, where that cost batches little.
+pub(crate) fn item_tiles(tokens: usize, tile: usize, key: AttendKey) -> usize {
+    let tokens_per_item = match (tokens, key.kv_heads, key.group > 8) {
+        (..=4_096, _, false) => 512,
+        (..=16_384, _, _) | (..=98_304, ..=4, _) | (_, 1, false) => 1_024,
+        (..=49_152, _, _) | (98_305.., ..=4, _) => 2_048,
+        (..=98_304, _, _) => 1_536,
+        _ => 2_688,
     };
-    let heads = kv_heads.next_power_of_two().min(8);
-    ((tokens_per_item * heads / 8).max(least) / group).min(ITEM_TILES)
+    (tokens_per_item / tile).min(ITEM_TILES)
 }
 
 /// What of `view` queries that see positions `low..high` read.
-fn pieces(view: &SequenceView, rule: &SealRule, kv_heads: usize, low: usize, high: usize) -> Vec<Piece> {
+fn pieces(view: &SequenceView, rule: &SealRule, key: AttendKey, low: usize, high: usize) -> Vec<Piece> {
     let group = rule.group();
     let tiles = high.div_ceil(group);
     let first = low / group;
@@ -197,7 +197,7 @@ fn pieces(view: &SequenceView, rule: &SealRule, kv_heads: usize, low: usize, hig
     }
     let sealed = view.sealed.min(tiles);
     let mut tile = first.max(usize::from(!rule.has_page(0)));
-    let each = item_tiles(view.length, group, kv_heads);
+    let each = item_tiles(view.length, group, key);
     while tile < sealed {
         let tiles = each.min(sealed - tile);
         pieces.push(Piece { first_tile: tile, tiles, slot: 0, slot_tokens: 0 });

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::{Device, DeviceMemory, Error, Stream};
 
 /// Bytes of partial results up to which a launch attends to several query blocks: enough work for any device.
-const LAUNCH_BYTES: usize = 64 << 20;
+const LAUNCH_BYTES: usize = 32 << 20;
 
 /// Bytes of one partial result: outputs, a base and a sum for each of `columns` query columns of each KV head.
 pub(crate) const fn part_bytes(kv_heads: usize, columns: usize, head_dim: usize) -> usize {

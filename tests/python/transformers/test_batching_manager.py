@@ -116,6 +116,7 @@ def test_one_manager_at_a_time(batching):
     assert "expected another id" in next(output.error for output in outputs if output.error)
 
 
+@pytest.mark.filterwarnings("ignore:The `paged|` prefix:FutureWarning")
 def test_the_model_keeps_its_attention(model, batching):
     for name in ("sdpa", "eager", "kvarn", "paged|kvarn"):
         model.set_attn_implementation(name)
@@ -133,6 +134,7 @@ def test_packed_attention_needs_a_packed_batch(model):
         model(torch.tensor([prompt(5)]), past_key_values=KVarNCache(model.config, PRESET), cache=object())
 
 
+@pytest.mark.filterwarnings("ignore:The `paged|` prefix:FutureWarning")
 def test_the_paged_name_is_no_way_to_transformers_own_cache(model):
     """Versions that know prefixes call the function, which refuses; others strip it, and refuse "kvarn"."""
     model.set_attn_implementation("paged|kvarn")

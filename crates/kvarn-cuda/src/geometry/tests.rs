@@ -231,7 +231,7 @@ fn parameters_have_the_same_sizes_and_offsets() {
         "position",
         "stored",
         "first_part",
-        "counter",
+        "unused",
         "pages",
     ];
     for (index, field) in item.iter().enumerate() {

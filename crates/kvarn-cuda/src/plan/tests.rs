@@ -173,8 +173,8 @@ fn check_block(
 fn check_attend(plan: &StepPlan, rule: &SealRule, key: AttendKey) {
     let made = AttendPlan::new(plan, rule, key);
     let listed: Vec<Words<'_>> = items(&made).collect();
-    let (mut at, mut parts, mut counters, mut columns) = (0, 0, 0, 0);
-    let (mut launches, mut most) = (made.launches.iter().peekable(), (0, 0));
+    let (mut at, mut parts, mut most, mut columns) = (0, 0, 0, 0);
+    let mut launches = made.launches.iter().peekable();
     for sequence in plan.sequences.iter().filter(|sequence| sequence.count <= key.most_tokens) {
         let view = if key.appended { &sequence.after } else { &sequence.before };
         for first in (0..sequence.count).step_by(key.query_tokens) {
@@ -182,37 +182,35 @@ fn check_attend(plan: &StepPlan, rule: &SealRule, key: AttendKey) {
             let full = at == 0 || parts + block.len() > key.most_parts;
             if launches.next_if_eq(&&at).is_some() {
                 assert!(full, "a launch ends early");
-                (parts, counters) = (0, 0);
+                parts = 0;
             } else {
                 assert!(!full, "a launch leaves more than it may");
             }
-            assert!(block.iter().all(|item| (item.at(10), item.at(11)) == (parts, counters)));
+            assert!(block.iter().all(|item| item.at(10) == parts));
             check_block(block, sequence, view, rule, key, first);
             at += block.len();
             parts += block.len();
-            counters += 1;
-            most = (most.0.max(parts), most.1.max(counters));
+            most = most.max(parts);
             columns = columns.max(block[0].at(7) * key.group);
         }
     }
-    assert_eq!((at, most, columns), (listed.len(), (made.parts, made.counters), made.columns));
+    assert_eq!((at, most, columns), (listed.len(), made.parts, made.columns));
     assert_eq!(launches.next(), None);
 }
 
-/// The items of a sequence with rows, parts and counters counted from its own first, in one launch.
+/// The items of a sequence with rows and parts counted from its own first, in one launch.
 fn rebased(plan: &StepPlan, index: usize, rule: &SealRule, key: AttendKey) -> Vec<(Vec<i32>, Vec<i32>)> {
     let made = AttendPlan::new(plan, rule, AttendKey { most_parts: usize::MAX, ..key });
     let sequence = &plan.sequences[index];
     let rows = sequence.first_row as i32..(sequence.first_row + sequence.count) as i32;
     let mut own = items(&made).filter(|item| rows.contains(&item.words[6])).peekable();
-    let Some((part, counter)) = own.peek().map(|item| (item.words[10], item.words[11])) else {
+    let Some(part) = own.peek().map(|item| item.words[10]) else {
         return vec![];
     };
     let rebase = |item: Words<'_>| {
         let mut words = item.words.to_vec();
         words[6] -= rows.start;
         words[10] -= part;
-        words[11] -= counter;
         (words, item.pages.to_vec())
     };
     own.map(rebase).collect()
@@ -322,16 +320,26 @@ proptest! {
 
 #[test]
 fn longer_sequences_and_more_heads_have_larger_items() {
-    for (group, kv_heads, sizes) in [
-        (128, 8, [4, 8, 16, 32]),
-        (64, 8, [8, 16, 32, 32]),
-        (128, 40, [4, 8, 16, 32]),
-        (128, 5, [4, 8, 16, 32]),
-        (128, 4, [4, 4, 8, 16]),
-        (128, 2, [4, 4, 4, 8]),
-        (64, 1, [8, 8, 8, 16]),
+    for (tile, kv_heads, group, sizes) in [
+        (128, 8, 4, [4, 8, 16, 12, 21]),
+        (64, 8, 4, [8, 16, 32, 24, 32]),
+        (128, 40, 1, [4, 8, 16, 12, 21]),
+        (128, 4, 8, [4, 8, 8, 8, 16]),
+        (128, 2, 1, [4, 8, 8, 8, 16]),
+        (128, 1, 8, [4, 8, 8, 8, 8]),
+        (64, 1, 16, [16, 16, 16, 16, 32]),
+        (128, 8, 16, [8, 8, 16, 12, 21]),
     ] {
-        let found = [4_096, 16_384, 65_536, 65_537].map(|tokens| item_tiles(tokens, group, kv_heads));
-        assert_eq!(found, sizes, "{group} {kv_heads}");
+        let key = AttendKey {
+            appended: true,
+            kv_heads,
+            group,
+            query_tokens: 1,
+            window: usize::MAX,
+            most_tokens: usize::MAX,
+            most_parts: usize::MAX,
+        };
+        let found = [4_096, 16_384, 49_152, 98_304, 98_305].map(|tokens| item_tiles(tokens, tile, key));
+        assert_eq!(found, sizes, "{tile} {kv_heads} {group}");
     }
 }

@@ -112,7 +112,7 @@ impl Step {
             .map_or(grid, |shape| grid.with_room(kv_heads as u64 * shape.cost(rule, key, cost), cost));
         let (shares, blocks) = launches(&arrays, kv_heads, grid, cost);
         let bytes = parts * part_bytes(kv_heads, columns, head_dim);
-        let counters = arrays.counters * kv_heads;
+        let counters = parts * kv_heads;
         let workspace = match self.shape {
             None => self.pool.workspaces().take(stream, counters, bytes)?,
             Some(_) => Workspace::own(self.pool.device(), counters, bytes)?,

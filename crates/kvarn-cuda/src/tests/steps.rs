@@ -133,9 +133,9 @@ fn long_chunk() {
         launches += 1;
     }
     let blocks = 2048 * 2 / 16;
-    let parts = (32_768 + 2048) / 512; // pieces of a sequence as long
+    let parts = (32_768 + 2048) / 1024; // pieces of a sequence as long
     let bytes = blocks * parts * part_bytes(KV_HEADS, 16, G);
-    assert_eq!(launches as usize, bytes.div_ceil(64 << 20));
+    assert_eq!(launches as usize, bytes.div_ceil(32 << 20));
 }
 
 #[test]
