@@ -1,10 +1,12 @@
 """Requests served together by `KVarNBatching` get what each gets alone."""
 
+import kvarn
+import numpy as np
 import pytest
 import torch
 from batching import alone, assert_given_back, assert_same, exact_linear, prompt_steps, serve, watched
-from kvarn import KVarNBatching
-from tiny_models import FAMILIES, tiny, tokens
+from kvarn import DTypeError, KVarNBatching
+from tiny_models import FAMILIES, VOCABULARY, tiny, tokens
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -137,21 +139,45 @@ def test_several_answers_to_a_prompt(llama):
         batching = KVarNBatching(llama, PRESET, tokens=4096, requests=requests)
         prompts = [prompt(n) for n in (1, 65, 150)]
         config = GenerationConfig(max_new_tokens=20, do_sample=True, top_k=1, num_return_sequences=3)
-        manager = batching.init_continuous_batching(config)
-        manager.start()
-        names = manager.add_requests(prompts)
-        outputs = {}
-        while len(outputs) < 9:
-            output = manager.get_result(timeout=5)
-            outputs[output.request_id] = output
-        manager.stop()
-        for name, given in zip(names, prompts, strict=True):
-            tokens_alone = alone(
-                llama, PRESET, given, 20, steps=[len(given) - 1, 1] if len(given) > 1 else None
-            )
-            for key in (name, f"{name}__child#0", f"{name}__child#1"):
-                assert outputs[key].generated_tokens == tokens_alone.tokens
+        outputs = batching.generate_batch([*prompts, [VOCABULARY]], config)
+        assert list(outputs) == [
+            f"req_{number}{child}" for number in range(4) for child in ("", "__child#0", "__child#1")
+        ]
+        outputs = list(outputs.values())
+        for place, given in enumerate(prompts):
+            expected = alone(llama, PRESET, given, 20, steps=[len(given) - 1, 1] if len(given) > 1 else None)
+            for output in outputs[3 * place : 3 * place + 3]:
+                assert output.prompt_ids == given
+                assert output.generated_tokens == expected.tokens
+        assert all("token id" in output.error for output in outputs[9:])
         assert_given_back(batching)
+
+
+def test_kinds_of_prompts(llama):
+    batching = KVarNBatching(llama, PRESET, tokens=4096, requests=4)
+    given = prompt(20)
+    outputs = serve(batching, [given, torch.tensor(given), np.array(given), iter(given)], new=5)
+    assert [output.generated_tokens for output in outputs] == [alone(llama, PRESET, given, 5).tokens] * 4
+    for wrong in ("text", [1.5], torch.tensor([given]), 7):
+        with pytest.raises(DTypeError, match="prompt 1 of type"):
+            batching.generate_batch([given, wrong])
+    assert_given_back(batching)
+
+
+def test_an_interrupted_call_stops(llama, monkeypatch):
+    batching = KVarNBatching(llama, PRESET, tokens=4096, requests=4)
+    manager = kvarn.integrations.transformers.batching.manager.PoolManager
+
+    def interrupted(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "get_result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            serve(batching, [prompt(20)], new=3000)
+    assert_given_back(batching)
+    (output,) = serve(batching, [prompt(20)], new=3)
+    assert_same(output, alone(llama, PRESET, prompt(20), 3))
 
 
 def test_end_of_sequence(llama):

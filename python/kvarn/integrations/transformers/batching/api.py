@@ -1,15 +1,19 @@
 """The class that users make: a model that serves many prompts from one pool."""
 
 import copy
+import operator
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils.logging import tqdm
 
-from kvarn import Config, ConfigError, LayerShape, Pool, StateError, capacity
+from kvarn import Config, ConfigError, DTypeError, KvarnError, LayerShape, Pool, StateError, capacity
 from kvarn.integrations.transformers.batching.manager import PoolManager
 from kvarn.integrations.transformers.batching.model import check_model, layer_shapes
 from kvarn.integrations.transformers.batching.packed import HOLD
@@ -154,6 +158,66 @@ class KVarNBatching(ContinuousMixin):
         self._manager = weakref.ref(manager)
         return manager
 
+    def generate_batch(  # type: ignore[override]
+        self,
+        inputs: Iterable[Any],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        **options: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Serve prompts and wait for all of them.
+
+        Args:
+            inputs: token ids of each prompt: a list of integers, or a one-dimensional array or tensor.
+            generation_config: how to generate; None: the model's.
+            continuous_batching_config: how to batch; None: the default.
+            max_new_tokens: most new tokens of each; None: as generation_config says, where None is no limit.
+            record_timestamps: whether outputs have the time of each token.
+            progress_bar: whether to show one.
+            **options: of `continuous_batching_context_manager`.
+
+        Returns:
+            The outputs by request id, in the order of the prompts, further answers to a prompt
+            (num_return_sequences) behind its first. Those that failed have the reason in ``error``, and what
+            they had generated.
+
+        Raises:
+            DTypeError: a prompt is not token ids.
+            StateError, UnsupportedError, ConfigError: as in `init_continuous_batching`.
+        """
+        prompts = [_token_ids(number, prompt) for number, prompt in enumerate(inputs)]
+        results: dict[str, GenerationOutput] = {}
+        running = self.continuous_batching_context_manager(
+            generation_config=generation_config,
+            continuous_batching_config=continuous_batching_config,
+            **options,
+        )
+        with running as manager:
+            answers = manager.num_return_sequences
+            bar = tqdm(total=len(prompts) * answers, disable=not progress_bar, unit="request")
+            try:
+                names = manager.add_requests(
+                    prompts, max_new_tokens=max_new_tokens, record_timestamps=record_timestamps
+                )
+                while len(results) < len(prompts) * answers:
+                    output = manager.get_result(timeout=1)
+                    if output is not None and output.is_finished():
+                        results[output.request_id] = output
+                        bar.update()
+                    elif output is None and not manager.is_running():
+                        raise KvarnError(f"{len(results)} requests came back: expected all; see the log")
+            except BaseException:
+                manager.stop(hard_stop=True)
+                raise
+            finally:
+                bar.close()
+        families = [[name, *(f"{name}__child#{number}" for number in range(answers - 1))] for name in names]
+        return {name: results[name] for family in families for name in family}
+
     def _processor(self, manager: PoolManager) -> PoolProcessor:
         config = manager.continuous_batching_config
         assert config.max_requests_per_batch is not None
@@ -166,6 +230,18 @@ class KVarNBatching(ContinuousMixin):
             prefill_first=config.scheduler_type == "prefill_first",
         )
         return PoolProcessor(manager, scheduler, config.max_batch_tokens)
+
+
+def _token_ids(number: int, prompt: Any) -> list[int]:
+    """Return a prompt as a list of integers."""
+    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise DTypeError(
+            f"prompt {number} of type {type(prompt).__name__}: expected token ids, integers in one "
+            "dimension; tokenize it first"
+        ) from None
 
 
 def _checked(given: ContinuousBatchingConfig) -> ContinuousBatchingConfig:

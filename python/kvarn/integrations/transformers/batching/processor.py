@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 import kvarn
 from kvarn.integrations.transformers.batching.packed import PackedBatch
 from kvarn.integrations.transformers.batching.sampling import next_tokens
-from kvarn.integrations.transformers.batching.scheduler import PoolScheduler
+from kvarn.integrations.transformers.batching.scheduler import PoolScheduler, child_name
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,14 @@ class PoolProcessor(ContinuousBatchProcessor):
         failed, self._failed = self._failed, []
         for state, error in failed:
             self._fail(state, error)
+
+    def _handle_request_error(self, error: Exception, state: RequestState) -> None:
+        """Deliver a failed request, and with it the answers to its prompt that did not begin."""
+        super()._handle_request_error(error, state)
+        for number in range(state.num_children):
+            child = state.create_equivalent_initial_request()
+            child.request_id = child_name(state, number)
+            self.output_router.fail_and_deliver(child, error)
 
     def _fail(self, state: RequestState, error: Exception) -> None:
         self._handle_request_error(error, state)

@@ -29,6 +29,7 @@ class Residents:
         # In the order in which they began.
         self._sequences: dict[str, kvarn.Sequence] = {}
         self._published: dict[str, list[bytes]] = {}
+        self._prompts: dict[str, list[bytes]] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._sequences
@@ -55,12 +56,17 @@ class Residents:
         """Return the pages that a sequence of so many tokens has at most."""
         return -(-tokens // self.block_size)
 
-    def keys(self, prompt: list[int]) -> list[bytes]:
+    def keys(self, state: RequestState) -> list[bytes]:
         """Return the keys of the tiles of a prompt that can be shared; its last token has to be computed."""
-        return prefix_keys(prompt[:-1], self.block_size) if self.sharing else []
+        keys = self._prompts.get(state.request_id)
+        if keys is None:
+            keys = prefix_keys(state.initial_tokens[:-1], self.block_size) if self.sharing else []
+            self._prompts[state.request_id] = keys
+        return keys
 
-    def begin(self, request_id: str, keys: list[bytes]) -> int:
+    def begin(self, state: RequestState) -> int:
         """Make the sequence of a request; return how many tokens of the prompt others have computed."""
+        request_id, keys = state.request_id, self.keys(state)
         sequence = self._sequences[request_id] = self.pool.create(keys)
         self._published[request_id] = keys[: sequence.length // self.block_size]
         return sequence.length
@@ -69,6 +75,7 @@ class Residents:
         """Make the sequence of a request that holds what another holds."""
         self._sequences[child] = self.pool.fork(self._sequences[request_id])
         self._published[child] = list(self._published[request_id])
+        self._prompts[child] = self._prompts[request_id]
 
     def publish(self, state: RequestState) -> None:
         """Offer the tiles that the last step sealed to later requests."""
@@ -82,6 +89,7 @@ class Residents:
 
     def free_blocks(self, request_id: str) -> None:
         """Free a request's sequence, if it has one; named as transformers' scheduler calls it."""
+        self._prompts.pop(request_id, None)
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             del self._published[request_id]

@@ -10,6 +10,11 @@ from kvarn.integrations.transformers.batching.packed import PackedBatch, reading
 from kvarn.integrations.transformers.batching.residents import Residents
 
 
+def child_name(state: RequestState, number: int) -> str:
+    """Return transformers' name for a further answer to a prompt."""
+    return f"{state.request_id}__child#{number}"
+
+
 class PoolScheduler(Scheduler):
     """transformers' scheduler of requests, over a pool.
 
@@ -47,7 +52,6 @@ class PoolScheduler(Scheduler):
         # Requests that can never go on, with the reason.
         self.failed: list[tuple[RequestState, Exception]] = []
         self.packed: PackedBatch | None = None
-        self._keys: dict[str, list[bytes]] = {}
 
     def add_waiting_request(self, state: RequestState) -> None:
         """Take a request, or say why it can never be served.
@@ -81,7 +85,6 @@ class PoolScheduler(Scheduler):
     def finish_request(self, request_id: str) -> None:
         """Forget a request and free its sequence."""
         super().finish_request(request_id)
-        self._keys.pop(request_id, None)
         if self.waiting_requests.pop(request_id, None) is not None:
             self.waiting_requests_order.remove(request_id)
 
@@ -122,10 +125,11 @@ class PoolScheduler(Scheduler):
                 return
             if state.request_id not in self.residents:
                 # What another computes in this pass is there, and shared, for the next.
-                missing = self._missing(state)
-                if missing in computed:
+                keys = self.residents.keys(state)
+                found = self.residents.pool.match_prefix(keys)
+                if found < len(keys) and keys[found] in computed:
                     continue
-                if not self._begin(state):
+                if not self._begin(state, found):
                     return
             tokens = state.tokens_to_process
             if state.status != RequestStatus.DECODING:
@@ -135,32 +139,34 @@ class PoolScheduler(Scheduler):
             # Children start with all but the last token.
             count = min(budget, len(tokens) - bool(state.num_children))
             if state.status != RequestStatus.DECODING:
-                computed.update(self._keys[state.request_id])
+                computed.update(self.residents.keys(state))
             budget -= count
             places -= 1
             yield state, count
 
-    def _missing(self, state: RequestState) -> bytes | None:
-        """Return the key of the first tile of a prompt that nobody has published."""
-        keys = self._keys.setdefault(state.request_id, self.residents.keys(state.initial_tokens))
-        matched = self.residents.pool.match_prefix(keys)
-        return keys[matched] if matched < len(keys) else None
+    def _begin(self, state: RequestState, found: int) -> bool:
+        """Make the sequence of a waiting request, if there is room for its prompt beside the others.
 
-    def _begin(self, state: RequestState) -> bool:
-        """Make the sequence of a waiting request, if there is room for its prompt beside the others."""
+        Args:
+            state: the request.
+            found: tiles of its prompt that are published.
+        """
         residents = self.residents
         if residents.full or residents.away:
             return False
-        others = [self.active_requests[name] for name in residents.present]
-        found = residents.begin(state.request_id, self._keys[state.request_id])
         # Prompts that are begun take their pages first, and every request may soon need one more.
-        promised = sum(residents.tiles(len(other.remaining_prefill_tokens)) + 1 for other in others)
-        needed = residents.tiles(len(state.initial_tokens)) - found // residents.block_size
-        if others and needed + promised > residents.pool.stats().pages_free:
+        others = [self.active_requests[name] for name in residents.present]
+        wanted = residents.tiles(len(state.initial_tokens)) - found
+        wanted += sum(residents.tiles(len(other.remaining_prefill_tokens)) + 1 for other in others)
+        if others and wanted > residents.pool.stats().pages_free:
+            return False
+        tokens = residents.begin(state)
+        # Tiles that nobody held counted as free, and are held now.
+        if others and wanted > residents.pool.stats().pages_free:
             residents.free_blocks(state.request_id)
             return False
-        del state.remaining_prefill_tokens[:found]
-        state.position_offset = found
+        del state.remaining_prefill_tokens[:tokens]
+        state.position_offset = tokens
         del self.waiting_requests[state.request_id]
         self.waiting_requests_order.remove(state.request_id)
         self.active_requests[state.request_id] = state
@@ -171,7 +177,7 @@ class PoolScheduler(Scheduler):
         children, state.num_children = state.num_children, 0
         forked = []
         for number in range(children):
-            name = f"{state.request_id}__child#{number}"
+            name = child_name(state, number)
             if self.residents.full:
                 child = state.create_equivalent_initial_request()
                 child.request_id = name
@@ -180,7 +186,6 @@ class PoolScheduler(Scheduler):
                 continue
             self.residents.fork(state.request_id, name)
             self.active_requests[name] = child = state.fork(name)
-            self._keys[name] = self._keys[state.request_id]
             forked.append(child)
         return forked
 
