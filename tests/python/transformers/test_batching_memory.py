@@ -1,5 +1,6 @@
 """Requests of a `KVarNBatching` share what they have in common, wait for room, and fail alone."""
 
+import numpy as np
 import pytest
 import torch
 from batching import alone, assert_given_back, assert_same, exact_linear, serve, watched
@@ -129,8 +130,12 @@ def test_requests_outgrow_the_pool(model, monkeypatch, sharing):
     monkeypatch.setattr(Pool, "offload", noting)
     batching = KVarNBatching(model, PRESET, tokens=6 * GROUP, requests=8)
     prompts = [prompt(n) for n in (20, 30, 40)]
-    outputs = serve(batching, prompts, new=5 * GROUP, allow_block_sharing=sharing)
+    with watched() as passes:
+        outputs = serve(batching, prompts, new=5 * GROUP, allow_block_sharing=sharing)
     assert left
+    # Before, whoever lacked a page waited while the others went on.
+    present = [one.stats.sequences - one.stats.offloaded_sequences for one in passes]
+    assert any(count > len(one.rows) > 1 for count, one in zip(present, passes, strict=True))
     for given, output in zip(prompts, outputs, strict=True):
         assert_same(output, alone(model, PRESET, given, 5 * GROUP))
     assert_given_back(batching)
@@ -226,4 +231,31 @@ def test_a_failure_that_passes_loses_nobody(model):
         hook.remove()
     for output, one in zip(outputs, expected, strict=True):
         assert_same(output, one)
+    assert_given_back(batching)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_requests_in_small_pools(model, seed):
+    """Lengths, places and pages at random: everyone gets what it gets alone, or the reason why not."""
+    random = np.random.default_rng(seed)
+    pages = int(random.integers(2, 9))
+    batching = KVarNBatching(model, PRESET, tokens=pages * GROUP, requests=int(random.integers(1, 7)))
+    prompts = [prompt(int(n)) for n in random.integers(1, (pages + 2) * GROUP, size=8)]
+    new = int(random.integers(1, 3 * GROUP))
+    order = "fifo" if seed % 2 else "prefill_first"
+    outputs = serve(batching, prompts, new, allow_block_sharing=False, scheduler_type=order)
+    for given, output in zip(prompts, outputs, strict=True):
+        if len(given) + new - 1 > batching.longest:
+            assert "expected at most" in output.error
+        else:
+            assert_same(output, alone(model, PRESET, given, new))
+    assert_given_back(batching)
+    # And with what they share: each is served to its end.
+    prompts = [prompt(2 * GROUP, seed=3) + given for given in prompts]
+    for output in serve(batching, prompts, new, max_batch_tokens=150, scheduler_type=order):
+        if len(output.prompt_ids) + new - 1 > batching.longest:
+            assert "expected at most" in output.error
+        else:
+            assert output.error is None
+            assert len(output.generated_tokens) == new
     assert_given_back(batching)

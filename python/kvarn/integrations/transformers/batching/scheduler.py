@@ -190,24 +190,42 @@ class PoolScheduler(Scheduler):
         return forked
 
     def _open(self, chosen: list[tuple[RequestState, int]]) -> list[tuple[RequestState, int]]:
-        """Open the steps of as many requests as there is room for, the most important first."""
-        self.packed = None
-        first = chosen[:1]
+        """Open the steps of the requests that there is room for, the most important first."""
         while chosen:
-            ordered = sorted(chosen, key=self._reading)
-            sequences = [self.residents[state.request_id] for state, _ in ordered]
-            try:
-                self.packed = PackedBatch(self.residents.pool, sequences, [count for _, count in ordered])
-            except CapacityError as error:
-                chosen.pop()
-                if not chosen:
-                    if self._make_room(first[0][0]):
-                        chosen = list(first)
-                    else:
-                        self.failed.append((first[0][0], error))
-            else:
-                return ordered
+            kept = list(chosen)
+            while kept:
+                try:
+                    self.packed = self._packed(kept)
+                except CapacityError as error:
+                    lack = error
+                    del kept[self._fitting(kept)]
+                else:
+                    return sorted(kept, key=self._reading)
+            first = chosen[0]
+            if not self._make_room(first[0]):
+                self.failed.append((first[0], lack))
+                break
+            chosen = [first]
+        self.packed = None
         return []
+
+    def _packed(self, chosen: list[tuple[RequestState, int]]) -> PackedBatch:
+        ordered = sorted(chosen, key=self._reading)
+        sequences = [self.residents[state.request_id] for state, _ in ordered]
+        return PackedBatch(self.residents.pool, sequences, [count for _, count in ordered])
+
+    def _fitting(self, chosen: list[tuple[RequestState, int]]) -> int:
+        """Return how many of requests that do not all fit do, from the first on, by halving."""
+        fit, too_many = 0, len(chosen)
+        while too_many - fit > 1:
+            half = (fit + too_many) // 2
+            try:
+                self._packed(chosen[:half]).abandon()
+            except CapacityError:
+                too_many = half
+            else:
+                fit = half
+        return fit
 
     def _reading(self, entry: tuple[RequestState, int]) -> int:
         return reading(self.residents[entry[0].request_id].length, entry[1])
