@@ -1,7 +1,8 @@
 """kvarn: a quantised KV cache for LLM inference.
 
 The codec (`encode`, `decode`), the cache memory of a model (`Pool`), the cache of
-transformers models (`KVarNCache`) and their continuous batching (`KVarNBatching`), and their errors (`kvarn.errors`).
+transformers models (`KVarNCache`), their continuous batching (`KVarNBatching`), and the
+errors (`kvarn.errors`).
 Source of the method: KVarN, arXiv 2606.03458.
 """
 

@@ -8,10 +8,10 @@ attention and mask interfaces::
     model.set_attn_implementation("kvarn")
     model.generate(**inputs, past_key_values=KVarNCache(model.config, "kvarn_k4v2_g128"))
 
-`kvarn.KVarNBatching` serves many prompts by transformers' continuous batching; see there.
-
 The cache gives the same result under every other attention implementation, where it builds dense tensors at
 each step; ``KVarNCache.materializations`` counts them.
+
+`kvarn.KVarNBatching` serves many prompts by transformers' continuous batching.
 """
 
 from kvarn.integrations.transformers.attention import register
