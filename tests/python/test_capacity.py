@@ -61,6 +61,30 @@ def test_held_tokens_need_slots():
     assert held.slots == plain.slots + 2
 
 
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_partial_results_on_cuda(sequences):
+    cfg = Config("kvarn_k4v2_g128", head_dim=128)
+    shape = {"layers": 32, "kv_heads": 8, "sequences": sequences}
+    here, there = (capacity(cfg, 10 * 2**30, **shape, device=device) for device in ("cpu", "cuda:1"))
+    assert here.workspace_bytes == 0
+    # 32 MiB, as no query block of one sequence has more, and counters of parts that fit with one query head.
+    parts = 2**25 // (4 * 8 * 130)
+    assert there.workspace_bytes == 2**25 + 4 * 2 ** (parts * 8 - 1).bit_length()
+    assert there.slots == here.slots
+    assert (
+        there.bytes + there.workspace_bytes
+        <= 10 * 2**30
+        < there.bytes + there.workspace_bytes + (there.page_bytes)
+    )
+
+
+def test_a_very_long_sequence_has_large_partial_results():
+    cfg = Config("kvarn_k4v2_g128", head_dim=128)
+    fits = capacity(cfg, 2**37, layers=1, kv_heads=8, device="cuda")
+    blocks = -(-fits.tokens_per_sequence // (21 * 128))
+    assert fits.workspace_bytes >= blocks * 4 * 8 * 16 * 130
+
+
 @pytest.mark.parametrize(
     ("memory", "options", "error", "text"),
     [
@@ -72,6 +96,8 @@ def test_held_tokens_need_slots():
         (10**6, {"layers": [], "kv_heads": None}, ShapeError, "0 layers: expected 1 or more"),
         (10**6, {"dtype": "int8"}, kvarn.DTypeError, "dtype int8: expected float16"),
         (10**6, {"layers": [(1, 40)], "kv_heads": None}, kvarn.ConfigError, "head_dim 40"),
+        (10**6, {"device": "cuda"}, CapacityError, "slots and the 34603008 of partial results; give more"),
+        (10**6, {"device": "tpu"}, kvarn.DeviceError, "device 'tpu': expected 'cpu'"),
     ],
 )
 def test_bad_input(memory, options, error, text):

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvarn::pool::PoolError;
 use kvarn::tables::{SealRule, StepId};
 
-use crate::plan::{AttendKey, item_tiles};
+use crate::plan::{AttendKey, most_record_items};
 use crate::share::{Cost, Grid};
 use crate::upload::{StepBuffer, Words};
 use crate::workspace::Workspace;
@@ -164,30 +164,29 @@ impl StepShape {
 
     /// Most items, and partial results, of an attention.
     pub(crate) fn items(&self, rule: &SealRule, key: AttendKey) -> usize {
-        let group = rule.group();
-        let record_items = |tiles: usize| tiles.div_ceil(item_tiles(tiles * group, group, key));
-        let records = (1..=rule.tiles(self.tokens)).map(record_items).max().unwrap_or(0);
-        self.query_blocks(key) * (self.slots(rule) + records)
+        let records = most_record_items(rule.tiles(self.tokens), rule.group(), key);
+        let hold = self.counts.iter().copied().max().unwrap_or(0);
+        self.query_blocks(key) * (most_slots(rule, hold) + records)
     }
 
     /// Most that an attention reads of one KV head.
     pub(crate) fn cost(&self, rule: &SealRule, key: AttendKey, cost: Cost) -> u64 {
         let tiles = rule.tiles(self.tokens) * self.query_blocks(key);
-        let slots = self.slots(rule) * self.query_blocks(key);
+        let hold = self.counts.iter().copied().max().unwrap_or(0);
+        let slots = most_slots(rule, hold) * self.query_blocks(key);
         cost.of(self.items(rule, key), tiles, slots * rule.group())
     }
 
     fn query_blocks(&self, key: AttendKey) -> usize {
         self.counts.iter().map(|count| count.div_ceil(key.query_tokens)).sum()
     }
+}
 
-    /// Most slots that a query reads: of the sinks, and of tiles that are not sealed, which are those of the recent window,
-    /// less than a tile more, and what is held.
-    fn slots(&self, rule: &SealRule) -> usize {
-        let hold = self.counts.iter().copied().max().unwrap_or(0);
-        let tail = (rule.recent_tokens() + rule.group() - 1 + hold).div_ceil(rule.group()) + 1;
-        usize::from(rule.sink_tokens() > 0) + tail
-    }
+/// Most slots that a query reads where no step holds back more than `hold` tokens: of the sinks, and of tiles that are not
+/// sealed, which are those of the recent window, less than a tile more, and what is held.
+pub(crate) fn most_slots(rule: &SealRule, hold: usize) -> usize {
+    let tail = (rule.recent_tokens() + rule.group() - 1 + hold).div_ceil(rule.group()) + 1;
+    usize::from(rule.sink_tokens() > 0) + tail
 }
 
 #[cfg(test)]

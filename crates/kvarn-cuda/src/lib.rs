@@ -52,3 +52,4 @@ pub use stream::Stream;
 pub use tensor::DeviceTensor;
 pub use upload::{Array, StepBuffer, StepBuffers, Words};
 pub use version::Version;
+pub use workspace::most_workspace_bytes;

@@ -176,6 +176,15 @@ pub(crate) fn item_tiles(tokens: usize, tile: usize, key: AttendKey) -> usize {
     (tokens_per_item / tile).min(ITEM_TILES)
 }
 
+/// Lengths behind which items have another size.
+const STEPS: [usize; 4] = [4_096, 16_384, 49_152, 98_304];
+
+/// Most record items of a sequence of up to `tiles` tiles.
+pub(crate) fn most_record_items(tiles: usize, tile: usize, key: AttendKey) -> usize {
+    let longest = STEPS.into_iter().map(|tokens| tokens / tile).filter(|&step| step < tiles).chain([tiles]);
+    longest.map(|tiles| tiles.div_ceil(item_tiles(tiles * tile, tile, key))).max().unwrap_or(0)
+}
+
 /// What of `view` queries that see positions `low..high` read.
 fn pieces(view: &SequenceView, rule: &SealRule, key: AttendKey, low: usize, high: usize) -> Vec<Piece> {
     let group = rule.group();

@@ -278,6 +278,11 @@ impl Pool {
         self.pages.provided() + self.slots.provided()
     }
 
+    /// Bytes of device memory that partial results of attention have on all streams, but for those of static arrays.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspaces.bytes()
+    }
+
     pub(crate) const fn buffers(&self) -> &Arc<StepBuffers> {
         &self.buffers
     }

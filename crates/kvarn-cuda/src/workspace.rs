@@ -3,6 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvarn::tables::SealRule;
+
+use crate::arrays::most_slots;
+use crate::plan::{AttendKey, most_record_items};
 use crate::{Device, DeviceMemory, Error, Stream};
 
 /// Bytes of partial results up to which a launch attends to several query blocks: enough work for any device.
@@ -16,6 +20,39 @@ pub(crate) const fn part_bytes(kv_heads: usize, columns: usize, head_dim: usize)
 /// Partial results that a launch with several query blocks may leave.
 pub(crate) const fn most_parts(kv_heads: usize, columns: usize, head_dim: usize) -> usize {
     LAUNCH_BYTES / part_bytes(kv_heads, columns, head_dim)
+}
+
+/// Most bytes that partial results and counters of a stream take in a layer of `kv_heads` heads of `head_dim` channels, where
+/// sequences have up to `tokens` tokens and no step holds back more than `hold`.
+pub fn most_workspace_bytes(
+    kv_heads: usize,
+    head_dim: usize,
+    rule: &SealRule,
+    tokens: usize,
+    hold: usize,
+) -> usize {
+    let most_columns = if head_dim == 256 { 8 } else { 16 };
+    let block = |group| {
+        let key = AttendKey {
+            appended: true,
+            kv_heads,
+            group,
+            query_tokens: 1,
+            window: usize::MAX,
+            most_tokens: usize::MAX,
+            most_parts: usize::MAX,
+        };
+        most_record_items(rule.tiles(tokens), rule.group(), key) + most_slots(rule, hold)
+    };
+    // Few columns make small partial results, hence many of them, each with a counter.
+    let parts = |columns| most_parts(kv_heads, columns, head_dim).max(block(columns.min(8)));
+    let results = (parts(most_columns) * part_bytes(kv_heads, most_columns, head_dim)).max(LAUNCH_BYTES);
+    results.next_power_of_two() + 4 * counters(parts(1) * kv_heads)
+}
+
+/// Counters that a workspace has for at least so many.
+fn counters(least: usize) -> usize {
+    least.next_power_of_two().max(1_024)
 }
 
 /// Workspaces of one pool, one per stream: launches on a stream run one after the other, so they may share.
@@ -47,10 +84,17 @@ impl Workspaces {
         {
             return Ok(found.clone());
         }
-        let counters = counters.next_power_of_two().max(1_024);
-        let made = Workspace::new(self.device, counters, bytes.next_power_of_two())?;
+        // Given back before, so that both exist only where an open step holds the old one.
+        by_stream.remove(&stream);
+        let made = Workspace::new(self.device, self::counters(counters), bytes.next_power_of_two())?;
         by_stream.insert(stream, made.clone());
         Ok(made)
+    }
+
+    /// Bytes that they take.
+    pub(crate) fn bytes(&self) -> usize {
+        let by_stream = self.by_stream.lock().unwrap_or_else(PoisonError::into_inner);
+        by_stream.values().map(|workspace| workspace.memory.bytes()).sum()
     }
 }
 

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kvarn::codec::SlotType;
-use kvarn::pool::AttendOptions;
+use kvarn::pool::{AttendOptions, PoolError};
+use kvarn::tables::SealRule;
 use kvarn_cuda::{PoolOptions, Stream};
 use kvarn_dlpack::ElementType;
 use pyo3::prelude::*;
@@ -11,7 +12,7 @@ use pyo3::types::PyBytes;
 
 use crate::arguments::{natural, naturals};
 use crate::config::Config;
-use crate::error::{Class, detached};
+use crate::error::{Class, ToPython, detached};
 use crate::memory::Memory;
 use crate::open_step::{self, EXPANDED, KEYS, QUERIES};
 use crate::pool::{Sequence, Stats};
@@ -197,9 +198,13 @@ impl CudaPool {
     /// Usage. Waits for the device.
     fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
         let stats = detached(py, || {
-            let counts = self.0.counts()?;
+            let (counts, workspace_bytes) = (self.0.counts()?, self.0.workspace_bytes());
             self.0.settle()?;
-            Ok::<_, kvarn_cuda::Error>(kvarn::pool::Stats { counts, ..self.0.core().stats() })
+            Ok::<_, kvarn_cuda::Error>(kvarn::pool::Stats {
+                counts,
+                workspace_bytes,
+                ..self.0.core().stats()
+            })
         })?;
         Ok(stats.into())
     }
@@ -379,6 +384,28 @@ impl CudaStep {
     fn device(&self) -> usize {
         self.0.pool().device().index()
     }
+}
+
+/// Most bytes of device memory that partial results of attention take on one stream, in layers of `(kv_heads, head_dim)`, where
+/// sequences have up to `tokens` tokens and steps hold back up to `hold`.
+#[pyfunction]
+pub(crate) fn most_workspace_bytes(
+    py: Python<'_>,
+    config: &Config,
+    layers: Vec<(i64, i64)>,
+    tokens: i64,
+    hold: i64,
+) -> PyResult<usize> {
+    let natural = |what: &str, value: i64| natural(py, Class::Shape, what, value);
+    let (tokens, hold) = (natural("tokens", tokens)?, natural("hold", hold)?);
+    let rule = SealRule::new(config.0.group(), config.0.sink_tokens(), config.0.recent_tokens())
+        .map_err(|error| PoolError::from(error).to_python(py))?;
+    let mut most = 0;
+    for (kv_heads, head_dim) in layers {
+        let (kv_heads, head_dim) = (natural("kv_heads", kv_heads)?, natural("head_dim", head_dim)?);
+        most = most.max(kvarn_cuda::most_workspace_bytes(kv_heads, head_dim, &rule, tokens, hold));
+    }
+    Ok(most)
 }
 
 /// Makes a device ready: context, kernels. Before a graph capture, or to have the time it takes early.

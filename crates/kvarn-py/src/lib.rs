@@ -31,7 +31,7 @@ mod _kvarn {
     #[pymodule_export]
     use crate::config::{Config, presets};
     #[pymodule_export]
-    use crate::cuda::{CudaPool, CudaStep, StaticArrays, warmup};
+    use crate::cuda::{CudaPool, CudaStep, StaticArrays, most_workspace_bytes, warmup};
     #[pymodule_export]
     use crate::memory::Memory;
     #[pymodule_export]

@@ -291,6 +291,8 @@ pub(crate) struct Stats {
     page_bytes: usize,
     /// Bytes of the slots in use, all layers.
     slot_bytes: usize,
+    /// Bytes of device memory for partial results of attention, over all streams; those of static arrays are theirs.
+    workspace_bytes: usize,
     /// Sequences that are offloaded.
     offloaded_sequences: usize,
     /// Bytes of host memory that they take.
@@ -326,6 +328,7 @@ impl From<kvarn::pool::Stats> for Stats {
             prefix_evictions: prefixes.evictions,
             page_bytes: stats.page_bytes,
             slot_bytes: stats.slot_bytes,
+            workspace_bytes: stats.workspace_bytes,
             offloaded_sequences: stats.offloaded.sequences,
             offloaded_bytes: stats.offloaded.bytes,
             non_finite: stats.counts.non_finite,
@@ -338,7 +341,7 @@ impl From<kvarn::pool::Stats> for Stats {
 impl Stats {
     fn __repr__(&self) -> String {
         format!(
-            "Stats(pages={}, pages_used={}, pages_free={}, pages_published={}, pages_cached={}, slots={}, slots_used={}, slots_free={}, slots_published={}, slots_cached={}, sequences={}, tokens={}, open_steps={}, unsealed={}, prefix_hits={}, prefix_misses={}, prefix_duplicates={}, prefix_evictions={}, page_bytes={}, slot_bytes={}, offloaded_sequences={}, offloaded_bytes={}, non_finite={}, saturated={})",
+            "Stats(pages={}, pages_used={}, pages_free={}, pages_published={}, pages_cached={}, slots={}, slots_used={}, slots_free={}, slots_published={}, slots_cached={}, sequences={}, tokens={}, open_steps={}, unsealed={}, prefix_hits={}, prefix_misses={}, prefix_duplicates={}, prefix_evictions={}, page_bytes={}, slot_bytes={}, workspace_bytes={}, offloaded_sequences={}, offloaded_bytes={}, non_finite={}, saturated={})",
             self.pages,
             self.pages_used,
             self.pages_free,
@@ -359,6 +362,7 @@ impl Stats {
             self.prefix_evictions,
             self.page_bytes,
             self.slot_bytes,
+            self.workspace_bytes,
             self.offloaded_sequences,
             self.offloaded_bytes,
             self.non_finite,

@@ -6,6 +6,7 @@ keeps nothing: what the model's own activations take is in both. A dense cache i
 """
 
 import argparse
+import bisect
 import json
 import multiprocessing
 import os
@@ -125,7 +126,7 @@ class DeviceMemory:
 
 
 def measure(name, model, rows, tokens, chunk):
-    """Peak bytes, and bytes of the pool's pages and slots at the end."""
+    """Peak bytes, and at the end those of the pool's pages and slots, and of partial results."""
     # Whatever is loaded or started once is in place before. The cache stays: a GPU's memory may be given back
     # at any later time.
     warm = make_cache(name, model.config, tokens)
@@ -136,20 +137,36 @@ def measure(name, model, rows, tokens, chunk):
     found = memory.peak()
     del warm
     stats = cache.pool.stats() if name == "kvarn" else None
-    return {"peak": found, "pool": stats and stats.page_bytes + stats.slot_bytes}
+    return {
+        "peak": found,
+        "pool": stats and stats.page_bytes + stats.slot_bytes,
+        "workspace": stats and stats.workspace_bytes,
+    }
 
 
 def figure(model, rows, tokens):
-    """Bytes of a pool that `kvarn.capacity` says rows of this length need."""
+    """What `kvarn.capacity` says of the least memory that holds rows of this length."""
     config = model.config
     cfg = kvarn.Config(PRESET, head_dim=config.head_dim)
-    shape = {"layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads}
-    # Found by what it says of more memory than is needed.
-    fits = kvarn.capacity(cfg, 1 << 40, **shape, sequences=rows, hold=cfg.group)
-    pages = rows * (tokens // cfg.group - 1)
-    needed = fits.slots * fits.slot_bytes + pages * fits.page_bytes
-    assert kvarn.capacity(cfg, needed, **shape, sequences=rows, hold=cfg.group).tokens_per_sequence >= tokens
-    return needed
+    shape = {
+        "layers": config.num_hidden_layers,
+        "kv_heads": config.num_key_value_heads,
+        "sequences": rows,
+        "hold": cfg.group,
+        "device": model.device,
+    }
+
+    def fits(memory):
+        try:
+            return kvarn.capacity(cfg, memory, **shape)
+        except kvarn.CapacityError:
+            return None
+
+    def enough(memory):
+        found = fits(memory)
+        return found is not None and found.tokens_per_sequence >= tokens
+
+    return fits(bisect.bisect_left(range(1 << 40), True, key=enough))
 
 
 def _child(queue, name, arguments):
@@ -172,13 +189,16 @@ def measure_all(device, layers, rows, tokens, chunk):
         else:
             found[name] = measure(name, *arguments)
         print(name, found[name], file=sys.stderr, flush=True)
-    config = model.config
+    config, fits = model.config, figure(model, rows, tokens)
     return {
         "kvarn": found["kvarn"]["peak"] - found["nothing"]["peak"],
         "dense": found["dense"]["peak"] - found["nothing"]["peak"],
         "activations": found["nothing"]["peak"],
         "pool": found["kvarn"]["pool"],
-        "capacity": figure(model, rows, tokens),
+        "workspace": found["kvarn"]["workspace"],
+        "capacity": fits.bytes + fits.workspace_bytes,
+        "capacity, pool": fits.bytes,
+        "capacity, workspace": fits.workspace_bytes,
         "raw chunk of a layer": rows * chunk * config.num_key_value_heads * config.head_dim * 2 * 2,
     }
 
@@ -186,6 +206,15 @@ def measure_all(device, layers, rows, tokens, chunk):
 def limit(found):
     """The most that a KVarN cache may take, of what `measure_all` found."""
     return 1.1 * found["capacity"] + found["raw chunk of a layer"]
+
+
+def within(found):
+    """Whether the peak is within its limit, and the pool and its partial results what was said of them."""
+    return (
+        found["kvarn"] <= limit(found)
+        and found["pool"] <= found["capacity, pool"]
+        and found["workspace"] <= found["capacity, workspace"]
+    )
 
 
 def main():

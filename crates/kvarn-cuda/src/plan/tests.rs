@@ -343,3 +343,26 @@ fn longer_sequences_and_more_heads_have_larger_items() {
         assert_eq!(found, sizes, "{tile} {kv_heads} {group}");
     }
 }
+
+#[test]
+fn no_length_has_more_record_items_than_the_most() {
+    for (tile, kv_heads, group) in [(128, 8, 4), (64, 8, 16), (128, 4, 1), (64, 1, 8), (128, 1, 16)] {
+        let key = AttendKey {
+            appended: true,
+            kv_heads,
+            group,
+            query_tokens: 1,
+            window: usize::MAX,
+            most_tokens: usize::MAX,
+            most_parts: usize::MAX,
+        };
+        let mut most = 0;
+        for tiles in 1..3_000_usize {
+            most = most.max(tiles.div_ceil(item_tiles(tiles * tile, tile, key)));
+            assert_eq!(most_record_items(tiles, tile, key), most, "{tiles} of {tile}, {kv_heads} {group}");
+        }
+        for step in STEPS {
+            assert_eq!(step % tile, 0, "sizes change between tiles");
+        }
+    }
+}

@@ -16,6 +16,8 @@ pub struct Stats {
     pub page_bytes: usize,
     /// Bytes of the slots in use, all layers.
     pub slot_bytes: usize,
+    /// Bytes that a backend holds for partial results of attention beside the pool's memory.
+    pub workspace_bytes: usize,
     /// Sequences whose bytes are on the host.
     pub offloaded: Offloaded,
     /// Non-finite and saturated values since the pool was made.
@@ -133,6 +135,7 @@ impl PoolCore {
             tables,
             page_bytes: tables.pages.used * layers.iter().map(|layer| layer.page_bytes).sum::<usize>(),
             slot_bytes: tables.slots.used * layers.iter().map(|layer| layer.slot_bytes).sum::<usize>(),
+            workspace_bytes: 0,
             offloaded,
             counts: *self.counts.lock().unwrap_or_else(PoisonError::into_inner),
         }
