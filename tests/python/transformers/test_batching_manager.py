@@ -4,12 +4,14 @@ import copy
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from batching import alone, assert_given_back, exact_linear, serve
-from kvarn import ConfigError, KVarNBatching, KVarNCache, StateError
+from kvarn import Config, ConfigError, KVarNBatching, KVarNCache, LayerShape, StateError, capacity
 from kvarn.integrations.transformers import UnsupportedError
+from kvarn.integrations.transformers.batching import api
 from tiny_models import FAMILIES, tiny, tokens
 from transformers import (
     Gemma3ForCausalLM,
@@ -182,6 +184,18 @@ def test_sizes(model):
         KVarNBatching(model, "kvarn_k4v9_g64")
     batching = KVarNBatching(model, PRESET, requests=3)
     assert batching.pool.stats().pages == 3 * model.config.max_position_embeddings // 64
+
+
+def test_a_gpu_pool_takes_a_part_of_the_free_memory(monkeypatch):
+    free = 10 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    model = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    cfg, shapes = Config("kvarn_k4v2_g128", head_dim=128), [LayerShape(8, 128)] * 32
+    pages = api._pages(model, cfg, shapes, None, 4)
+    one = capacity(cfg, free, layers=shapes, sequences=4, hold=1, device="cuda")
+    used = pages * one.page_bytes + one.slots * one.slot_bytes
+    assert 0.75 * free < used < 0.8 * free
+    assert api._pages(model, cfg, shapes, 1000, 4) == 8
 
 
 def test_models_that_are_refused():

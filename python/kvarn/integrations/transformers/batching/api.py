@@ -281,7 +281,13 @@ def _pages(model: Any, cfg: Config, shapes: list[LayerShape], tokens: int | None
     if tokens is None and model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         return capacity(
-            cfg, int(free * _SHARE), layers=shapes, sequences=requests, hold=HOLD, dtype=model.dtype
+            cfg,
+            int(free * _SHARE),
+            layers=shapes,
+            sequences=requests,
+            hold=HOLD,
+            dtype=model.dtype,
+            device=model.device,
         ).pages
     if tokens is None:
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
