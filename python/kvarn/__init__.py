@@ -1,7 +1,8 @@
 """kvarn: a quantised KV cache for LLM inference.
 
 The codec (`encode`, `decode`), the cache memory of a model (`Pool`), the cache of
-transformers models (`KVarNCache`), and their errors (`kvarn.errors`).
+transformers models (`KVarNCache`), their continuous batching (`KVarNBatching`), and the
+errors (`kvarn.errors`).
 Source of the method: KVarN, arXiv 2606.03458.
 """
 
@@ -41,7 +42,12 @@ from kvarn.prefix import prefix_keys
 from kvarn.step import Step
 
 if TYPE_CHECKING:
-    from kvarn.integrations.transformers import CapturedDecoder, KVarNCache, KVarNStaticCache
+    from kvarn.integrations.transformers import (
+        CapturedDecoder,
+        KVarNBatching,
+        KVarNCache,
+        KVarNStaticCache,
+    )
 
 __all__ = [
     "Capacity",
@@ -55,6 +61,7 @@ __all__ = [
     "DeviceError",
     "EncodeCounts",
     "FormatError",
+    "KVarNBatching",
     "KVarNCache",
     "KVarNStaticCache",
     "KvarnError",
@@ -82,11 +89,10 @@ __all__ = [
 ]
 
 # Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
-_LAZY = {
-    "CapturedDecoder": "kvarn.integrations.transformers",
-    "KVarNCache": "kvarn.integrations.transformers",
-    "KVarNStaticCache": "kvarn.integrations.transformers",
-}
+_LAZY = dict.fromkeys(
+    ("CapturedDecoder", "KVarNBatching", "KVarNCache", "KVarNStaticCache"),
+    "kvarn.integrations.transformers",
+)
 
 
 def __getattr__(name: str) -> Any:

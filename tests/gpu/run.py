@@ -25,6 +25,7 @@ SCRIPTS = (
     "check_static.py",
     "check_truncations.py",
     "check.py",
+    "check_continuous.py",
     "check_long.py --no-times",
     "check_parts.py",
     "check_saved.py",

@@ -10,9 +10,12 @@ attention and mask interfaces::
 
 The cache gives the same result under every other attention implementation, where it builds dense tensors at
 each step; ``KVarNCache.materializations`` counts them.
+
+`kvarn.KVarNBatching` serves many prompts by transformers' continuous batching.
 """
 
 from kvarn.integrations.transformers.attention import register
+from kvarn.integrations.transformers.batching import KVarNBatching
 from kvarn.integrations.transformers.cache import KVarNCache
 from kvarn.integrations.transformers.captured import CapturedDecoder
 from kvarn.integrations.transformers.errors import UnsupportedError
@@ -20,4 +23,4 @@ from kvarn.integrations.transformers.static_cache import KVarNStaticCache
 
 register()
 
-__all__ = ["CapturedDecoder", "KVarNCache", "KVarNStaticCache", "UnsupportedError"]
+__all__ = ["CapturedDecoder", "KVarNBatching", "KVarNCache", "KVarNStaticCache", "UnsupportedError"]

@@ -88,6 +88,7 @@ def attention(
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    cache: object = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend to a `KVarNCache` through its handles, or to dense keys and values.
@@ -105,11 +106,20 @@ def attention(
         s_aux: [heads], attention-sink logits.
         is_causal: whether queries see only keys up to their own.
         position_bias: added to the scores.
+        cache: None; a paged cache of transformers' continuous batching is refused.
         **kwargs: what models pass for other implementations.
 
     Returns:
         The output [batch, queries, heads, head_dim], and None: weights are never made.
+
+    Raises:
+        UnsupportedError: a paged cache, or dropout or a position bias beside a softcap or sinks.
     """
+    if cache is not None:
+        raise UnsupportedError(
+            f"attention 'kvarn' with a paged cache of type {type(cache).__name__}: expected the cache of "
+            "generate(); for continuous batching call KVarNBatching(model).generate_batch(prompts)"
+        )
     scoring = Scoring(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from kvarn import ConfigError, Pool, ShapeError
 from kvarn.integrations.transformers import stock
-from kvarn.integrations.transformers.kinds import layer_kinds
+from kvarn.integrations.transformers.kinds import layer_kinds, shares_layers
 from kvarn.integrations.transformers.layer import KVarNLayer
 from kvarn.integrations.transformers.rows import Rows, Settings
 
@@ -90,7 +90,7 @@ class KVarNCache(Cache):
         self._rows = Rows(
             settings,
             [_shape(decoder, index) for index in full],
-            sharing=_shares(decoder),
+            sharing=shares_layers(decoder),
             numbers=full,
         )
 
@@ -258,8 +258,3 @@ def _shape(decoder: PreTrainedConfig, index: int) -> tuple[int, int]:
     per_layer = getattr(decoder, "per_layer_config", None)
     config = decoder if per_layer is None else per_layer[index]
     return getattr(config, "num_key_value_heads", None) or 1, getattr(config, "head_dim", None) or 1
-
-
-def _shares(decoder: PreTrainedConfig) -> bool:
-    modes = getattr(decoder, "kv_sharing_modes", None) or ()
-    return any(mode is not None for mode in modes) or bool(getattr(decoder, "num_kv_shared_layers", 0))

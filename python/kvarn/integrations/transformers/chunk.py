@@ -5,15 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvarn.integrations.transformers.dense import (
-    Scoring,
-    add_past,
-    causal_attention,
-    causal_mask,
-    chunk_attention,
-    masked_attention,
-)
+from kvarn.integrations.transformers.dense import Scoring, causal_attention, causal_mask, masked_attention
 from kvarn.integrations.transformers.forward import ForwardPass
+from kvarn.integrations.transformers.raw import chunks_attention, prompts_attention, stored_attention
 
 
 class Chunk:
@@ -71,24 +65,17 @@ class Chunk:
             out = self._prompt(query, q, scoring)
             self._append()
             return out
-        options = scoring.scale, scoring.window, scoring.softcap
         if not forward.raw_first or forward.appended(self.layer):
             self._append()
-            return step.attend(self.layer, q, *options, scoring.sink_logits)
-        past, past_norm = step.attend(self.layer, q, *options, return_lse=True)
-        # The sink logits take part once, with the own chunk.
-        first = 0
-        for row in self._rows(q):
-            first = add_past(chunk_attention(*row, scoring), past, past_norm, first)
+            return stored_attention(step, self.layer, q, scoring)
+        out = chunks_attention(step, self.layer, q, self._rows(q), scoring)
         self._append()
-        return past
+        return out
 
     def _prompt(self, query: Tensor, q: Tensor, scoring: Scoring) -> Tensor:
         if self.forward.kept is None:
             return causal_attention(query, self.k, self.v, scoring).flatten(0, 1)
-        return torch.cat(
-            [causal_attention(q[None], k[None], v[None], scoring)[0] for q, k, v in self._rows(q)]
-        )
+        return prompts_attention(self._rows(q), scoring)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return the layer's keys and values, [batch, kv_heads, past and new columns, head_dim].

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # The longest step that is appended before it attends. A longer one first attends to its own raw keys and
 # values.
-_FUSED_TOKENS = 16
+FUSED_TOKENS = 16
 
 
 class ForwardPass:
@@ -51,7 +51,7 @@ class ForwardPass:
     @property
     def raw_first(self) -> bool:
         """Whether layers attend to raw keys and values, and to the past as it was, before they append."""
-        return not self.past or self.columns > _FUSED_TOKENS
+        return not self.past or self.columns > FUSED_TOKENS
 
     @property
     def complete(self) -> bool:

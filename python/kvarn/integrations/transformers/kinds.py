@@ -65,3 +65,9 @@ def layer_kinds(decoder: PreTrainedConfig) -> list[LayerKind]:
             "attention): expected keys and values of one head_dim; use a DynamicCache"
         )
     return kinds
+
+
+def shares_layers(decoder: PreTrainedConfig) -> bool:
+    """Return whether layers attend to the keys and values of others."""
+    modes = getattr(decoder, "kv_sharing_modes", None) or ()
+    return any(mode is not None for mode in modes) or bool(getattr(decoder, "num_kv_shared_layers", 0))
