@@ -42,11 +42,17 @@ from kvarn.prefix import prefix_keys
 from kvarn.step import Step
 
 if TYPE_CHECKING:
-    from kvarn.integrations.transformers import KVarNBatching, KVarNCache
+    from kvarn.integrations.transformers import (
+        CapturedDecoder,
+        KVarNBatching,
+        KVarNCache,
+        KVarNStaticCache,
+    )
 
 __all__ = [
     "Capacity",
     "CapacityError",
+    "CapturedDecoder",
     "Config",
     "ConfigError",
     "CudaError",
@@ -57,6 +63,7 @@ __all__ = [
     "FormatError",
     "KVarNBatching",
     "KVarNCache",
+    "KVarNStaticCache",
     "KvarnError",
     "LayerShape",
     "NonFiniteError",
@@ -82,7 +89,10 @@ __all__ = [
 ]
 
 # Names that need an optional dependency: imported at first use, so that `import kvarn` works without it.
-_LAZY = dict.fromkeys(("KVarNBatching", "KVarNCache"), "kvarn.integrations.transformers")
+_LAZY = dict.fromkeys(
+    ("CapturedDecoder", "KVarNBatching", "KVarNCache", "KVarNStaticCache"),
+    "kvarn.integrations.transformers",
+)
 
 
 def __getattr__(name: str) -> Any:

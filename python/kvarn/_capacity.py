@@ -19,8 +19,8 @@ _MOST_TOKENS = 2**31 - 1
 class Capacity:
     """Pages and slots that fit, and what they hold.
 
-    ``Pool(cfg, layers=capacity.layers, pages=capacity.pages, slots=capacity.slots, …)`` takes `bytes` bytes, and
-    on CUDA up to `workspace_bytes` more on each stream that attends.
+    ``Pool(cfg, layers=capacity.layers, pages=capacity.pages, slots=capacity.slots, …)`` takes `bytes` bytes,
+    and on CUDA up to `workspace_bytes` more on each stream that attends.
 
     Attributes:
         cfg: The configuration.
@@ -30,8 +30,8 @@ class Capacity:
         slots: 16-bit tiles, over all sequences.
         page_bytes: One page in all layers: what a sealed tile takes.
         slot_bytes: One slot in all layers.
-        workspace_bytes: Most that partial results of attention take on a stream; 0 on the CPU. They grow to it
-            with long chunks, and many long sequences. Static arrays have their own.
+        workspace_bytes: Most that partial results of attention take on a stream; 0 on the CPU. They grow to
+            it with long chunks, and many long sequences. Static arrays have their own.
         tokens_per_sequence: Tokens that every sequence can have at the same time.
         sixteen_bit_bytes_per_token: What a token takes in all layers of a dense 16-bit cache.
     """

@@ -19,6 +19,7 @@ __all__ = [
     "encode",
     "from_published",
     "load_records",
+    "most_workspace_bytes",
     "presets",
     "records_header",
     "threads",

@@ -22,6 +22,7 @@ HERE = pathlib.Path(__file__).parent
 # Those that take longest first.
 SCRIPTS = (
     "check_transformers.py",
+    "check_static.py",
     "check_truncations.py",
     "check.py",
     "check_continuous.py",

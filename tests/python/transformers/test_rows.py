@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import kvarn
 import pytest
 import torch
 from fake_quant import FakeQuantCache
@@ -205,3 +206,29 @@ def test_a_broken_forward_pass_is_taken_back(model, preset, implementation, brok
     if whole:
         cache.crop(-tokens_then)
     assert_close(run(model, cache, rest), run(model, untouched, rest))
+
+
+@pytest.mark.parametrize("tokens_then", [1, 40])
+def test_attention_that_raises_in_the_last_layer_is_taken_back(
+    model, preset, implementation, tokens_then, monkeypatch
+):
+    """Though by then every layer may have appended."""
+    model.set_attn_implementation(implementation)
+    cache, untouched = KVarNCache(model.config, preset), KVarNCache(model.config, preset)
+    for one in (cache, untouched):
+        run(model, one, [tokens(2, 150)])
+    operation = "attend" if implementation == "kvarn" else "expand"
+    done, last = getattr(kvarn.Step, operation), model.config.num_hidden_layers - 1
+
+    def fails(step, layer, *arguments, **options):
+        if layer == last:
+            raise KeyboardInterrupt
+        return done(step, layer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kvarn.Step, operation, fails)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, cache, [tokens(2, tokens_then, seed=2)])
+    assert cache.get_seq_length() == 150
+    rest = [tokens(2, 1, seed=3), tokens(2, 20, seed=4)]
+    assert torch.equal(run(model, cache, rest), run(model, untouched, rest))

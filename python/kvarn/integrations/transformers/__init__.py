@@ -17,8 +17,10 @@ each step; ``KVarNCache.materializations`` counts them.
 from kvarn.integrations.transformers.attention import register
 from kvarn.integrations.transformers.batching import KVarNBatching
 from kvarn.integrations.transformers.cache import KVarNCache
+from kvarn.integrations.transformers.captured import CapturedDecoder
 from kvarn.integrations.transformers.errors import UnsupportedError
+from kvarn.integrations.transformers.static_cache import KVarNStaticCache
 
 register()
 
-__all__ = ["KVarNBatching", "KVarNCache", "UnsupportedError"]
+__all__ = ["CapturedDecoder", "KVarNBatching", "KVarNCache", "KVarNStaticCache", "UnsupportedError"]

@@ -12,6 +12,7 @@ from transformers.masking_utils import causal_mask_function, flash_attention_mas
 from kvarn.integrations.transformers.dense import Scoring, causal_mask, masked_attention
 from kvarn.integrations.transformers.errors import UnsupportedError
 from kvarn.integrations.transformers.handle import Handle
+from kvarn.integrations.transformers.static_layer import TracedChunk
 
 
 def register() -> None:
@@ -35,10 +36,23 @@ def mask(
 
     None means plainly causal without padding.
     """
-    # A static cache has more key columns than tokens: its masks are not causal from the last column.
+    plain = local_size is None and mask_function is causal_mask_function
+    # Of a KVarNStaticCache: kv_length is the most columns that it takes.
+    static = kwargs.get("kv_offset", 0) is None
+    if static and torch.compiler.is_compiling():
+        return _traced_mask(kwargs.get("attention_mask"), plain=plain)
+    if static:
+        kwargs["kv_offset"], most_columns, kv_length = 0, kv_length, q_offset + q_length
+        given = kwargs.get("attention_mask")
+        if given is not None and given.shape[1] == most_columns:
+            kwargs["attention_mask"] = given[:, :kv_length]
+    # A StaticCache has more key columns than tokens: its masks are not causal from the last column.
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kwargs.get("kv_offset", 0)
-    if aligned and local_size is None and mask_function is causal_mask_function:
+    if aligned and plain:
         padding: Tensor | None = flash_attention_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+        if static and padding is not None and padding.shape[1] == kv_length:
+            # One width for all steps: compiled steps that `generate` makes masks for are of one shape.
+            padding = torch.nn.functional.pad(padding, (0, most_columns - kv_length))
         return padding
     return sdpa_mask(
         q_length=q_length,
@@ -49,6 +63,16 @@ def mask(
         allow_is_causal_skip=allow_is_causal_skip and aligned,
         **kwargs,
     )
+
+
+def _traced_mask(padding: Tensor | None, *, plain: bool) -> Tensor | None:
+    """Return the padding mask as it is: how many columns there are is known when the graph runs."""
+    if not plain:
+        raise UnsupportedError(
+            "a mask that is not plainly causal with a KVarNStaticCache in a compiled model: expected causal "
+            "attention, with padding at most; call the model without torch.compile"
+        )
+    return padding
 
 
 def attention(
@@ -104,7 +128,16 @@ def attention(
     )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain_mask = attention_mask is None or attention_mask.ndim == 2
-    if isinstance(key, Handle) and plain_mask and causal and position_bias is None and not dropout:
+    fused = plain_mask and causal and position_bias is None and not dropout
+    if isinstance(key, TracedChunk):
+        if not fused:
+            raise UnsupportedError(
+                "attention with a 4D mask, a position bias, dropout or without causality, over a "
+                "KVarNStaticCache in a compiled model: expected causal attention, with padding at most; call "
+                "the model without torch.compile"
+            )
+        return key.attend(query, attention_mask, scoring), None
+    if isinstance(key, Handle) and fused:
         return key.source.attend(query, attention_mask, scoring).contiguous(), None
     if isinstance(key, Handle):
         key, value = key.source.dense()

@@ -55,6 +55,8 @@ class KVarNCache(Cache):
         ConfigError: the preset, or another argument, is not supported.
     """
 
+    layer_class = KVarNLayer
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -97,7 +99,7 @@ class KVarNCache(Cache):
 
         super().__init__(
             layers=[
-                KVarNLayer(self._rows, full.index(index), reads_handles) if kind.full else kind.make()
+                self.layer_class(self._rows, full.index(index), reads_handles) if kind.full else kind.make()
                 for index, kind in enumerate(self._kinds)
             ]
         )

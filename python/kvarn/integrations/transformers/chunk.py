@@ -38,20 +38,20 @@ class Chunk:
 
         Args:
             query: [batch, heads, columns, head_dim].
-            mask: bool [batch, past and new columns], False at padding, or None.
+            mask: bool [batch, past and new columns] or [batch, max_tokens], False at padding, or None.
             scoring: how scores become weights; its window counts columns.
 
         Returns:
             [batch, columns, heads, head_dim] in the query's dtype; 0 at padding.
         """
         forward = self.forward
-        if mask is None and self._stored is not None:
-            mask = torch.ones(query.shape[0], self._before + forward.columns, dtype=torch.bool)
+        mask = forward.visible(mask)
         forward.plan(mask)
         if forward.hides or (scoring.window is not None and self._has_holes()):
             keys, values = self.dense()
             return masked_attention(query, keys, values, self._visible(mask, scoring.window), scoring)
-        out = forward.unpack(self._attend(query, forward.pack(query), scoring))
+        with forward.reading():
+            out = forward.unpack(self._attend(query, forward.pack(query), scoring))
         self._done()
         return out
 
@@ -87,12 +87,13 @@ class Chunk:
             if not forward.planned:
                 forward.plan(None)
             forward.rows.materializations += 1
-            if forward.raw_first and not forward.appended(self.layer):
-                self._dense = self._read(raw=True)
-                self._append()
-            else:
-                self._append()
-                self._dense = self._read(raw=False)
+            with forward.reading():
+                if forward.raw_first and not forward.appended(self.layer):
+                    self._dense = self._read(raw=True)
+                    self._append()
+                else:
+                    self._append()
+                    self._dense = self._read(raw=False)
             self._done()
         return self._dense
 

@@ -1,5 +1,7 @@
 """One forward pass through the layers of a model: one step of the pool."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +31,7 @@ class ForwardPass:
         kept: [batch, columns], the columns that hold tokens; None if all do.
         planned: whether `plan` ran.
         hides: whether the mask of this pass hides tokens that rows store.
+        broken: whether reading a layer raised.
     """
 
     def __init__(self, rows: "Rows", columns: int) -> None:
@@ -38,10 +41,12 @@ class ForwardPass:
         self.step: Step | None = None
         self.kept: Tensor | None = None
         self.hides = False
+        self.broken = False
         self.past = any(sequence.length for sequence in rows.sequences)
         self._appended: dict[int, tuple[Tensor, Tensor] | None] = {}
         self.planned = False
         self._mask: Tensor | None = None
+        self._wide: tuple[Tensor, Tensor] | None = None
 
     @property
     def raw_first(self) -> bool:
@@ -50,8 +55,33 @@ class ForwardPass:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer has appended."""
-        return len(self._appended) == self.rows.layers
+        """Whether every layer has appended, and none raised."""
+        return len(self._appended) == self.rows.layers and not self.broken
+
+    def visible(self, mask: Tensor | None) -> Tensor | None:
+        """Return mask as it is meant: without columns behind the new ones; if there is none, all are shown.
+
+        Args:
+            mask: bool [batch, past and new columns] or [batch, max_tokens], or None.
+        """
+        rows, total = self.rows, self.rows.columns + self.columns
+        if mask is None:
+            return None if rows.stored is None else torch.ones(len(rows.sequences), total, dtype=torch.bool)
+        if mask.shape[1] != rows.settings.max_tokens or mask.shape[1] == total:
+            return mask
+        # The same tensor for every layer, which is how `plan` knows that nothing is to be compared.
+        if self._wide is None or self._wide[0] is not mask:
+            self._wide = mask, mask[:, :total]
+        return self._wide[1]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Note if what the block does with a layer raises: the pass then never counts."""
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
 
     def plan(self, mask: Tensor | None) -> None:
         """Open the pool's step for the tokens that mask shows, or check that later layers show the same.

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    get_layer_types_and_kwargs,
+)
 
 from kvarn.integrations.transformers.errors import UnsupportedError
 
@@ -25,6 +29,11 @@ class LayerKind:
     def full(self) -> bool:
         """Whether the layer keeps keys and values of all tokens: what records are for."""
         return self.name == "full_attention"
+
+    @property
+    def static(self) -> bool:
+        """Whether what the layer keeps is of one size: transformers has the same class for static caches."""
+        return STATIC_LAYER_TYPE_MAPPING.get(self.name) is DYNAMIC_LAYER_TYPE_MAPPING[self.name]
 
     def make(self) -> Any:
         """Return a new, empty layer of transformers' own class."""

@@ -58,6 +58,14 @@ class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             CapacityError: more than max_tokens columns.
             TensorError: the tensors require grad.
         """
+        chunk = self.enter(key_states, value_states)
+        if not self._reads_handles():
+            return chunk.dense()
+        total = self.rows.columns + key_states.shape[2]
+        return Handle(chunk, total, values=False), Handle(chunk, total, values=True)
+
+    def enter(self, key_states: Tensor, value_states: Tensor) -> Chunk:
+        """Check new keys and values, and enter them into the open forward pass; raises as `update`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         else:
@@ -68,11 +76,7 @@ class KVarNLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"batch {batch}: expected {len(self.rows.sequences)}, the rows that the cache holds; call "
                 "reset() first"
             )
-        chunk = Chunk(self.index, key_states, value_states, self.rows.begin(self.index, columns))
-        if not self._reads_handles():
-            return chunk.dense()
-        total = self.rows.columns + columns
-        return Handle(chunk, total, values=False), Handle(chunk, total, values=True)
+        return Chunk(self.index, key_states, value_states, self.rows.begin(self.index, columns))
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         if k.ndim != 4 or k.shape != v.shape:

@@ -162,7 +162,8 @@ class Rows:
         abandoned, and the rows are as they were before it.
         """
         self.settle()
-        if self.forward is not None and (layer in self.forward.began or self.forward.columns != columns):
+        forward = self.forward
+        if forward is not None and (forward.broken or layer in forward.began or forward.columns != columns):
             self.abandon()
         if self.forward is None:
             if self.columns + columns > self.settings.max_tokens:
