@@ -93,8 +93,7 @@ def test_a_pass_has_prompts_and_requests_that_decode(llama):
         assert_same(output, alone(llama, PRESET, given, 30))
 
 
-@pytest.mark.parametrize("budget", [7, 16, 17, 100])
-def test_chunked_prompts(model, budget):
+def check_chunks(model, budget):
     """A prompt in several passes, beside others, is what a cache gives in the same passes."""
     batching = KVarNBatching(model, PRESET, tokens=4096, requests=4)
     prompts = [prompt(230), prompt(20), prompt(150)]
@@ -114,6 +113,16 @@ def test_chunked_prompts(model, budget):
             assert_same(output, alone(model, PRESET, given, 40, steps=steps))
         assert max(sum(count for _, _, count in one.rows) for one in passes) == budget
         assert_given_back(batching)
+
+
+def test_chunked_prompts(model):
+    check_chunks(model, 100)
+
+
+@pytest.mark.parametrize("budget", [7, 16, 17])
+def test_short_chunks(llama, budget):
+    """Up to 16 tokens are appended before they attend, longer chunks afterwards."""
+    check_chunks(llama, budget)
 
 
 def test_sampling_and_processors(llama):
