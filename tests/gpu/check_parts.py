@@ -119,7 +119,8 @@ def main():
     check.ON_HOST = arguments.small
     poison_outputs()
     if arguments.small:
-        check_lengths(SHAPES[2:3], (33_500,))
+        # A pool of less than 2 MiB: memcheck takes a bulk copy from two neighbouring mappings for an error.
+        check_lengths([(64, 64, (2, 2), 1, 1, 1, {})], (33_500,))
     else:
         check_lengths(SHAPES, LENGTHS)
         check_alone(LENGTHS)
