@@ -226,7 +226,12 @@ def generate(run):
 def check(run):
     """Every command, its exit status, and what it printed last."""
     lines = [
-        [f"`{found['command']}`", f"{found['seconds']} s", found["status"], found["printed"]]
+        [
+            f"`{found['command']}`",
+            f"{found['seconds']} s",
+            found["status"],
+            found["printed"] + _repeated(found, run),
+        ]
         for found in run["runs"]
     ]
     passed = sum(found["status"] == 0 for found in run["runs"])
@@ -235,7 +240,13 @@ def check(run):
         f"{passed} of {len(run['runs'])} ended with status 0.",
         grid(["command", "time", "status", "printed"], lines, text=4),
     ]
-    return parts + (["Notes of check_host.py:\n\n" + "\n".join(noted)] if noted else [])
+    return parts + (["Notes:\n\n" + "\n".join(noted)] if noted else [])
+
+
+def _repeated(found, run):
+    """Which commit a run was of, if it was repeated for another."""
+    commit = found.get("commit", run.get("commit"))
+    return "" if commit == run.get("commit") else f" (commit {commit})"
 
 
 SECTIONS = {

@@ -2,8 +2,8 @@
 
 Runs each script of this folder, prints what it printed last and what failed, and with `--out` writes JSON
 with device and commit. The exit status is 1 if anything failed. `--again FILE` repeats what failed in such a
-JSON; each run has the commit that it was of. Scripts run side by side, but those that
-measure what others would disturb alone, afterwards.
+JSON; each run has the commit that it was of. Scripts run side by side, but those that measure what others
+would disturb alone, afterwards.
 """
 
 import argparse
@@ -54,11 +54,9 @@ def label(command, tool):
 
 def wrapper_of(tool):
     """What comes before the command of a run under a tool of compute-sanitizer."""
-    return (
-        []
-        if tool is None
-        else ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", *TOOLS[tool]]
-    )
+    if tool is None:
+        return []
+    return ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", *TOOLS[tool]]
 
 
 def run(command, limit, tool=None):
