@@ -29,9 +29,15 @@ class Report:
 
     The file is written after every row, so that a run that is cut short leaves what it has. `missing` holds
     what could not be measured, and why; `failed` what should have been measured and broke.
+
+    Args:
+        arguments: what the parser found.
+        script: the script's path below benches.
+        device: its name; by default torch's for the GPU.
+        facts: more to note of the run.
     """
 
-    def __init__(self, arguments, script):
+    def __init__(self, arguments, script, device=None, **facts):
         self._path = arguments.out
         self._began = time.perf_counter()
         self.rows = []
