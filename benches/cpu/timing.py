@@ -1,0 +1,54 @@
+"""Times on the CPU: medians of alternating runs over cold memory."""
+
+import statistics
+import time
+
+import torch
+
+# Several times the last-level cache that two threads have of a present CPU.
+COLD_BYTES = 256 << 20
+
+
+def seconds_of(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Alternation:
+    """Calls that take turns, so that all of them meet the same clock and neighbours.
+
+    Before each timed call a plain read of `cold_bytes` bytes, torch's sum of a float32 tensor by torch's
+    threads, displaces what the last-level cache holds: a call finds cold memory, as a layer of a model does.
+    These reads are timed too; they are what "plain read" means in tables.
+
+    Args:
+        runs: timed runs of each call, behind one that is not.
+        cold_bytes: bytes of a plain read.
+
+    Attributes:
+        seconds: the times of each call by name; more are added by each `run`.
+        reads: the times of the plain reads.
+    """
+
+    def __init__(self, runs, cold_bytes=COLD_BYTES):
+        self.runs, self.seconds, self.reads = runs, {}, []
+        self._cold = torch.ones(cold_bytes // 4)
+
+    def run(self, calls):
+        """Run calls, functions without arguments by name, in turns."""
+        for call in calls.values():
+            call()
+        for _ in range(self.runs):
+            for name, call in calls.items():
+                self.reads.append(seconds_of(self._cold.sum))
+                self.seconds.setdefault(name, []).append(seconds_of(call))
+
+    def us(self, name):
+        """Median µs of a call."""
+        return statistics.median(self.seconds[name]) * 1e6
+
+    @property
+    def read_bytes_per_s(self):
+        """Bytes per second of the plain reads, from their median."""
+        return self._cold.nbytes / statistics.median(self.reads)

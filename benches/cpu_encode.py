@@ -1,0 +1,121 @@
+"""Encoding and appending on this CPU: `python benches/cpu_encode.py [--out FILE]`.
+
+- encode: tile pairs (one of K, one of V) per second and thread, from float32 tiles at head dim 128, with and
+  without refit, with one thread and with two.
+- append: one token for each of 64 sequences, nothing sealed: µs a layer.
+- fill: the same token fills a tile of every sequence: ms a layer.
+
+Each number of threads is measured in a process of its own: kvarn takes its threads once. Medians.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+
+import kvarn
+import torch
+from cpu import processor, tables
+from cpu.timing import seconds_of
+from gpu.filled import FilledPool
+from gpu.report import Report, parser
+from gpu.shapes import PRESETS
+
+HEAD_DIM, KV_HEADS = 128, 8
+SEQUENCES, LAYERS = 64, 32
+
+
+def pairs_per_s(preset, refit, pairs, runs):
+    """Tile pairs per second of encode."""
+    cfg = kvarn.Config(preset, head_dim=HEAD_DIM, refit=refit)
+    torch.manual_seed(0)
+    k, v = torch.randn(2, pairs, cfg.group, HEAD_DIM)
+    kvarn.encode(k, v, cfg)
+    return pairs / statistics.median(seconds_of(lambda: kvarn.encode(k, v, cfg)) for _ in range(runs))
+
+
+def append_us(preset, length, sequences, layers, runs):
+    """Median µs of append in one layer, of one token for each sequence of `length` tokens.
+
+    The first layer, which takes the step's pages and slots, is not measured.
+    """
+    cfg = kvarn.Config(preset, head_dim=HEAD_DIM)
+    filled = FilledPool(cfg, [length] * sequences, kv_heads=KV_HEADS, layers=1 + layers, device="cpu")
+    k, v = filled.rows(sequences), filled.rows(sequences)
+    times = []
+    for _ in range(runs):
+        step = filled.step(1)
+        step.append(0, k, v)
+        for layer in range(1, 1 + layers):
+            start = time.perf_counter()
+            step.append(layer, k, v)
+            times.append(time.perf_counter() - start)
+        step.abandon()
+    return statistics.median(times) * 1e6
+
+
+def measured(threads, function, *arguments):
+    """What a function returns in a process of its own with so many threads."""
+    with multiprocessing.get_context("spawn").Pool(1, processor.use_threads, (threads,)) as process:
+        return process.apply(function, arguments)
+
+
+def encode_rows(report, arguments, pairs):
+    for preset in arguments.presets:
+        for refit in (False, True):
+            for threads in arguments.threads:
+                with report.part(f"encode {preset} refit {refit} threads {threads}"):
+                    found = measured(threads, pairs_per_s, preset, refit, pairs, arguments.runs)
+                    report.row(
+                        f"encode {preset} refit {'on ' if refit else 'off'} threads {threads}: "
+                        f"{found:.0f} pairs/s, {found / threads:.0f} a thread",
+                        kind="encode",
+                        preset=preset,
+                        head_dim=HEAD_DIM,
+                        refit=refit,
+                        row_threads=threads,
+                        pairs=pairs,
+                        pairs_per_s=found,
+                        pairs_per_s_and_thread=found / threads,
+                    )
+
+
+def append_row(report, kind, length, arguments, sequences, layers):
+    preset, threads = arguments.presets[0], max(arguments.threads)
+    us = measured(threads, append_us, preset, length, sequences, layers, arguments.runs)
+    report.row(
+        f"{kind} {preset} threads {threads}: a token of {sequences} sequences: {us:.1f} µs a layer",
+        kind=kind,
+        preset=preset,
+        head_dim=HEAD_DIM,
+        row_threads=threads,
+        sequences=sequences,
+        us=us,
+    )
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--presets", nargs="+", default=PRESETS)
+    arguments.add_argument("--threads", type=int, nargs="+", default=[1, processor.THREADS])
+    arguments.add_argument("--runs", type=int, default=7)
+    arguments = arguments.parse_args()
+    pairs, sequences, layers = 512, SEQUENCES, LAYERS
+    if arguments.small:
+        pairs, sequences, layers, arguments.runs = 8, 4, 2, 2
+        arguments.presets = arguments.presets[:1]
+    report = Report(
+        arguments, "cpu_encode.py", processor.name(), **processor.facts(max(arguments.threads))
+    )
+    encode_rows(report, arguments, pairs)
+    group = kvarn.Config(arguments.presets[0], head_dim=HEAD_DIM).group
+    # Half a tile behind the sinks, or all of it but one token.
+    for kind, length in (("append", group + group // 2), ("fill", 2 * group - 1)):
+        with report.part(kind):
+            append_row(report, kind, length, arguments, sequences, layers)
+    tables.show(report, "cpu_encode")
+    return report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
