@@ -183,9 +183,7 @@ def main():
         history, chunk, arguments.cold_bytes = 512, 64, 1 << 20
         arguments.contexts, arguments.batches, arguments.runs = [512, 1024], [1, 2], 2
     processor.use_threads(arguments.threads)
-    report = Report(
-        arguments, "cpu_attention.py", processor.name(), **processor.facts(arguments.threads)
-    )
+    report = Report(arguments, "cpu_attention.py", processor.name(), **processor.facts(arguments.threads))
     torch.manual_seed(0)
     prefill = prefill_shape(history, chunk)
     with report.part("check"):

@@ -81,7 +81,7 @@ def encode_rows(report, arguments, pairs):
 
 
 def append_row(report, kind, length, arguments, sequences, layers):
-    preset, threads = arguments.presets[0], max(arguments.threads)
+    preset, threads = arguments.append_preset, max(arguments.threads)
     us = measured(threads, append_us, preset, length, sequences, layers, arguments.runs)
     report.row(
         f"{kind} {preset} threads {threads}: a token of {sequences} sequences: {us:.1f} µs a layer",
@@ -97,20 +97,23 @@ def append_row(report, kind, length, arguments, sequences, layers):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--presets", nargs="+", default=PRESETS)
+    arguments.add_argument("--append-preset", default="kvarn_k4v2_g128")
     arguments.add_argument("--threads", type=int, nargs="+", default=[1, processor.THREADS])
     arguments.add_argument("--runs", type=int, default=7)
     arguments = arguments.parse_args()
-    pairs, sequences, layers = 512, SEQUENCES, LAYERS
+    pairs, sequences = 512, SEQUENCES
     if arguments.small:
-        pairs, sequences, layers, arguments.runs = 8, 4, 2, 2
+        pairs, sequences, arguments.runs = 8, 4, 2
         arguments.presets = arguments.presets[:1]
-    report = Report(
-        arguments, "cpu_encode.py", processor.name(), **processor.facts(max(arguments.threads))
-    )
+    report = Report(arguments, "cpu_encode.py", processor.name(), **processor.facts(max(arguments.threads)))
     encode_rows(report, arguments, pairs)
-    group = kvarn.Config(arguments.presets[0], head_dim=HEAD_DIM).group
+    group = kvarn.Config(arguments.append_preset, head_dim=HEAD_DIM).group
     # Half a tile behind the sinks, or all of it but one token.
-    for kind, length in (("append", group + group // 2), ("fill", 2 * group - 1)):
+    append_layers, fill_layers = (2, 1) if arguments.small else (LAYERS, 2)
+    for kind, length, layers in (
+        ("append", group + group // 2, append_layers),
+        ("fill", 2 * group - 1, fill_layers),
+    ):
         with report.part(kind):
             append_row(report, kind, length, arguments, sequences, layers)
     tables.show(report, "cpu_encode")

@@ -65,21 +65,37 @@ def model_rows(report, name, model, context, arguments):
     speeds = {cache: 1 / statistics.median(taken) for cache, taken in times.items()}
     dtype = str(model.dtype).removeprefix("torch.")
     for cache, speed in speeds.items():
-        times_dynamic = speed / speeds["dynamic"]
         held = cache_bytes(caches[cache]).total
         report.row(
-            f"{name} {dtype}, {context} tokens, {cache}: {speed:.2f} tokens/s, {times_dynamic:.2f} × dynamic, "
-            f"cache {held / 1e6:.1f} MB",
+            f"{name} {dtype}, {context} tokens, {cache}: {speed:.2f} tokens/s, cache {held / 1e6:.1f} MB",
+            kind="decode",
             model=name,
             dtype=dtype,
             cache=cache,
             preset=arguments.preset if cache == "kvarn" else None,
             context=context,
             tokens_per_s=speed,
-            times_dynamic=times_dynamic,
             cache_bytes=held,
             steps_ms=[seconds * 1e3 for seconds in times[cache]],
         )
+
+
+def compare_row(report, name):
+    """The caches in the type in which DynamicCache is the faster one."""
+    speeds = {
+        (row["dtype"], row["cache"]): row["tokens_per_s"]
+        for row in report.rows
+        if row["kind"] == "decode" and row["model"] == name
+    }
+    _, dtype = max((speed, dtype) for (dtype, cache), speed in speeds.items() if cache == "dynamic")
+    times = speeds[dtype, "kvarn"] / speeds[dtype, "dynamic"]
+    report.row(
+        f"{name}: {times:.2f} × DynamicCache, in {dtype}",
+        kind="compare",
+        model=name,
+        dtype=dtype,
+        times=times,
+    )
 
 
 def random_llama(report, name, shape, context, arguments):
@@ -101,13 +117,12 @@ def main():
     if arguments.small:
         arguments.models, arguments.steps = ["tiny"], 2
     processor.use_threads(arguments.threads)
-    report = Report(
-        arguments, "cpu_generate.py", processor.name(), **processor.facts(arguments.threads)
-    )
+    report = Report(arguments, "cpu_generate.py", processor.name(), **processor.facts(arguments.threads))
     torch.manual_seed(0)
     for name in arguments.models:
         with report.part(name):
             MODELS[name](report, arguments)
+            compare_row(report, name)
         gc.collect()
     tables.show(report, "cpu_generate")
     return report.close()

@@ -35,7 +35,7 @@ class Bar:
 
 HEADER = ["what", "bar", "reached", "rows", "bar met", "goal", "goal met"]
 LONG = (16384, 65536)  # contexts that have bars
-NO_PLACE = "–"
+HISTORY = 16384  # packed tokens before the chunk that has one
 
 
 def bars(features):
@@ -72,9 +72,7 @@ def _attention():
             "time for each token at 64 K tokens, × that at 16 K",
             "cpu_attention",
             lambda row: (
-                row["ratio"]
-                if row["kind"] == "growth" and (row["shorter"], row["longest"]) == LONG
-                else None
+                row["ratio"] if row["kind"] == "growth" and (row["shorter"], row["longest"]) == LONG else None
             ),
             1.1,
             at_most=True,
@@ -86,7 +84,11 @@ def _attention():
         Goal(
             "512 tokens behind 16 K packed ones, × SDPA in 16 bit",
             "cpu_attention",
-            lambda row: row["times_peer"] if row["kind"] == "prefill" else None,
+            lambda row: (
+                row["times_peer"]
+                if row["kind"] == "prefill" and row["tokens"] - row["q_len"] == HISTORY
+                else None
+            ),
             1.0,
             every=True,
             unit=" ×",
@@ -133,7 +135,7 @@ def _encode(avx512):
         Goal(
             "append of a token to 64 sequences, a layer",
             "cpu_encode",
-            lambda row: row["us"] if row["kind"] == "append" else None,
+            lambda row: row["us"] if (row["kind"], row.get("sequences")) == ("append", 64) else None,
             20.0,
             at_most=True,
             digits=1,
@@ -151,8 +153,11 @@ def _generate():
             Goal(
                 f"tokens a second, {text}, × DynamicCache",
                 "cpu_generate",
-                lambda row, model=model: row["times_best"] if row.get("model") == model else None,
+                lambda row, model=model: (
+                    row["times"] if (row["kind"], row["model"]) == ("compare", model) else None
+                ),
                 bar,
+                every=True,
                 unit=" ×",
             )
         )

@@ -7,6 +7,8 @@ import torch
 
 # Several times the last-level cache that two threads have of a present CPU.
 COLD_BYTES = 256 << 20
+# Longer than threads of torch's OpenMP look for more work before they sleep.
+PAUSE_S = 0.02
 
 
 def seconds_of(call):
@@ -20,7 +22,8 @@ class Alternation:
 
     Before each timed call a plain read of `cold_bytes` bytes, torch's sum of a float32 tensor by torch's
     threads, displaces what the last-level cache holds: a call finds cold memory, as a layer of a model does.
-    These reads are timed too; they are what "plain read" means in tables.
+    These reads are timed too; they are what "plain read" means in tables. A pause follows: torch's threads,
+    which look for more work for some milliseconds, would take cores from a call that brings its own threads.
 
     Args:
         runs: timed runs of each call, behind one that is not.
@@ -42,6 +45,7 @@ class Alternation:
         for _ in range(self.runs):
             for name, call in calls.items():
                 self.reads.append(seconds_of(self._cold.sum))
+                time.sleep(PAUSE_S)
                 self.seconds.setdefault(name, []).append(seconds_of(call))
 
     def us(self, name):
