@@ -1,11 +1,12 @@
 """Encoding and appending on this CPU: `python benches/cpu_encode.py [--out FILE]`.
 
-- encode: tile pairs (one of K, one of V) per second and thread, from float32 tiles at head dim 128, with and
-  without refit, with one thread and with two.
+- encode: tile pairs (one of K, one of V) per second of `kvarn.encode`, from float32 tiles.
+- seal: the same of a pool, whole tiles of one long step, from float16 rows.
 - append: one token for each of 64 sequences, nothing sealed: µs a layer.
-- fill: the same token fills a tile of every sequence: ms a layer.
+- fill: the same token fills a tile of every sequence: µs a layer.
 
-Each number of threads is measured in a process of its own: kvarn takes its threads once. Medians.
+Head dim 128. Encode and seal with and without refit, with one thread and with two; each number of threads in
+a process of its own, as kvarn takes its threads once. Medians.
 """
 
 import multiprocessing
@@ -54,35 +55,44 @@ def append_us(preset, length, sequences, layers, runs):
     return statistics.median(times) * 1e6
 
 
-def measured(threads, function, *arguments):
-    """What a function returns in a process of its own with so many threads."""
-    with multiprocessing.get_context("spawn").Pool(1, processor.use_threads, (threads,)) as process:
-        return process.apply(function, arguments)
+def sealed_pairs_per_s(preset, refit, pairs, runs):
+    """Tile pairs per second of append, of a step of whole tiles of one sequence without sinks."""
+    cfg = kvarn.Config(preset, head_dim=HEAD_DIM, refit=refit, sink_tokens=0)
+    tokens = pairs // KV_HEADS * cfg.group
+    filled = FilledPool(cfg, [0], kv_heads=KV_HEADS, layers=1 + runs, room=tokens + cfg.group, device="cpu")
+    k, v = filled.rows(tokens), filled.rows(tokens)
+    step = filled.step(tokens)
+    times = [seconds_of(lambda layer=layer: step.append(layer, k, v)) for layer in range(1 + runs)]
+    step.abandon()
+    return pairs / statistics.median(times[1:])
 
 
-def encode_rows(report, arguments, pairs):
-    for preset in arguments.presets:
-        for refit in (False, True):
-            for threads in arguments.threads:
-                with report.part(f"encode {preset} refit {refit} threads {threads}"):
-                    found = measured(threads, pairs_per_s, preset, refit, pairs, arguments.runs)
-                    report.row(
-                        f"encode {preset} refit {'on ' if refit else 'off'} threads {threads}: "
-                        f"{found:.0f} pairs/s, {found / threads:.0f} a thread",
-                        kind="encode",
-                        preset=preset,
-                        head_dim=HEAD_DIM,
-                        refit=refit,
-                        row_threads=threads,
-                        pairs=pairs,
-                        pairs_per_s=found,
-                        pairs_per_s_and_thread=found / threads,
-                    )
+def encode_rows(report, processes, arguments, pairs):
+    """Rows of encode and seal: the threads of a row beside each other."""
+    kinds = {"encode": pairs_per_s, "seal": sealed_pairs_per_s}
+    for kind, function in kinds.items():
+        for preset in arguments.presets:
+            for refit in (False, True):
+                for threads, process in processes.items():
+                    with report.part(f"{kind} {preset} refit {refit} threads {threads}"):
+                        found = process.apply(function, (preset, refit, pairs, arguments.runs))
+                        report.row(
+                            f"{kind} {preset} refit {'on ' if refit else 'off'} threads {threads}: "
+                            f"{found:.0f} pairs/s, {found / threads:.0f} a thread",
+                            kind=kind,
+                            preset=preset,
+                            head_dim=HEAD_DIM,
+                            refit=refit,
+                            row_threads=threads,
+                            pairs=pairs,
+                            pairs_per_s=found,
+                            pairs_per_s_and_thread=found / threads,
+                        )
 
 
-def append_row(report, kind, length, arguments, sequences, layers):
-    preset, threads = arguments.append_preset, max(arguments.threads)
-    us = measured(threads, append_us, preset, length, sequences, layers, arguments.runs)
+def append_row(report, processes, kind, length, arguments, sequences, layers):
+    preset, threads = arguments.append_preset, max(processes)
+    us = processes[threads].apply(append_us, (preset, length, sequences, layers, arguments.runs))
     report.row(
         f"{kind} {preset} threads {threads}: a token of {sequences} sequences: {us:.1f} µs a layer",
         kind=kind,
@@ -106,16 +116,20 @@ def main():
         pairs, sequences, arguments.runs = 8, 4, 2
         arguments.presets = arguments.presets[:1]
     report = Report(arguments, "cpu_encode.py", processor.name(), **processor.facts(max(arguments.threads)))
-    encode_rows(report, arguments, pairs)
+    context = multiprocessing.get_context("spawn")
+    processes = {threads: context.Pool(1, processor.use_threads, (threads,)) for threads in arguments.threads}
+    encode_rows(report, processes, arguments, pairs)
     group = kvarn.Config(arguments.append_preset, head_dim=HEAD_DIM).group
-    # Half a tile behind the sinks, or all of it but one token.
     append_layers, fill_layers = (2, 1) if arguments.small else (LAYERS, 2)
+    # Half a tile behind the sinks, or all of it but one token.
     for kind, length, layers in (
         ("append", group + group // 2, append_layers),
         ("fill", 2 * group - 1, fill_layers),
     ):
         with report.part(kind):
-            append_row(report, kind, length, arguments, sequences, layers)
+            append_row(report, processes, kind, length, arguments, sequences, layers)
+    for process in processes.values():
+        process.terminate()
     tables.show(report, "cpu_encode")
     return report.close()
 

@@ -116,21 +116,19 @@ def _decode(field, preset):
 
 
 def _encode(avx512):
-    for refit, bar in ((False, 8000.0), (True, 4000.0)):
-        yield Bar(
-            Goal(
-                f"encode at D 128, refit {'on' if refit else 'off'}, tile pairs a second and core",
-                "cpu_encode",
-                lambda row, refit=refit: (
-                    row["pairs_per_s_and_thread"]
-                    if row["kind"] == "encode" and row["refit"] == refit
-                    else None
-                ),
-                bar if avx512 else bar / 2,
-                every=True,
-                digits=0,
+    for kind, threads in (("encode", (1,)), ("seal", (1, 2))):
+        for refit, bar in ((False, 8000.0), (True, 4000.0)):
+            yield Bar(
+                Goal(
+                    f"{kind} at D 128, refit {'on' if refit else 'off'}, threads "
+                    f"{' and '.join(map(str, threads))}, tile pairs a second and thread",
+                    "cpu_encode",
+                    _encoded(kind, refit, threads),
+                    bar if avx512 else bar / 2,
+                    every=True,
+                    digits=0,
+                )
             )
-        )
     yield Bar(
         Goal(
             "append of a token to 64 sequences, a layer",
@@ -142,6 +140,15 @@ def _encode(avx512):
             unit=" µs",
         )
     )
+
+
+def _encoded(kind, refit, threads):
+    def pick(row):
+        if row["kind"] != kind or row["refit"] != refit or row["row_threads"] not in threads:
+            return None
+        return row["pairs_per_s_and_thread"]
+
+    return pick
 
 
 def _generate():

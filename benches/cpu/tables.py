@@ -97,8 +97,8 @@ def expand(run):
 def encode(run):
     found = {}
     for row in run["rows"]:
-        if row["kind"] == "encode":
-            key = short(row["preset"]), row["head_dim"]
+        if row["kind"] in ("encode", "seal"):
+            key = row["kind"], short(row["preset"]), row["head_dim"]
             found.setdefault(key, {})[row["refit"], row["row_threads"]] = row
     columns = sorted({column for rows in found.values() for column in rows})
     header = [f"refit {'on' if refit else 'off'}, threads {threads}" for refit, threads in columns]
@@ -112,10 +112,11 @@ def encode(run):
         if row["kind"] in ("append", "fill")
     ]
     return [
-        "Tile pairs a second, in brackets for each thread. Fill: the token that is appended fills a tile of "
-        "every sequence.",
-        grid(["preset", "D", *header], lines),
-        grid(["one token", "preset", "sequences", "threads", "µs a layer"], appended),
+        "Tile pairs a second, in brackets for each thread. Encode: `kvarn.encode`, from float32 tiles. Seal: "
+        "append of a pool, whole tiles of one long step, from float16 rows.",
+        grid(["", "preset", "D", *header], lines, text=2),
+        "Append: one token for each sequence, nothing sealed. Fill: the token fills a tile of every sequence.",
+        grid(["", "preset", "sequences", "threads", "µs a layer"], appended, text=2),
     ]
 
 
@@ -197,8 +198,7 @@ def document(runs):
         "of float32, comes before each, and is what *plain read* means; then a pause until torch's threads "
         "sleep. Peers and kvarn are checked against float64 on a small shape first. Sequences hold 64 tokens "
         "fewer than the context says, so that the last tile is half full.\n"
-        "- Encoding: `kvarn.encode` of float32 tiles in a process for each number of threads; one token "
-        "appended to sequences of a pool, which all have room for it, or fill a tile with it.\n"
+        "- Encoding: a process for each number of threads.\n"
         "- Generation: caches are filled without a prompt and take turns, one step of the model each.",
         "## Bars",
         "Every row that a bar is about must reach it. Reached: the median of these rows, and their range.",

@@ -9,6 +9,8 @@ import torch
 COLD_BYTES = 256 << 20
 # Longer than threads of torch's OpenMP look for more work before they sleep.
 PAUSE_S = 0.02
+# A call that would take longer in all its timed runs gets fewer of them, but LEAST_RUNS.
+BUDGET_S, LEAST_RUNS = 2.0, 2
 
 
 def seconds_of(call):
@@ -26,7 +28,7 @@ class Alternation:
     which look for more work for some milliseconds, would take cores from a call that brings its own threads.
 
     Args:
-        runs: timed runs of each call, behind one that is not.
+        runs: timed runs of each call, behind one that is not; fewer of a call that takes long.
         cold_bytes: bytes of a plain read.
 
     Attributes:
@@ -40,13 +42,17 @@ class Alternation:
 
     def run(self, calls):
         """Run calls, functions without arguments by name, in turns."""
-        for call in calls.values():
-            call()
-        for _ in range(self.runs):
+        runs = {name: self._runs(seconds_of(call)) for name, call in calls.items()}
+        for turn in range(self.runs):
             for name, call in calls.items():
+                if turn >= runs[name]:
+                    continue
                 self.reads.append(seconds_of(self._cold.sum))
                 time.sleep(PAUSE_S)
                 self.seconds.setdefault(name, []).append(seconds_of(call))
+
+    def _runs(self, seconds):
+        return min(self.runs, max(LEAST_RUNS, int(BUDGET_S / seconds)))
 
     def us(self, name):
         """Median µs of a call."""
