@@ -109,7 +109,7 @@ def random_llama(report, name, shape, context, arguments):
 
 def main():
     arguments = parser(__doc__)
-    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "llama-1b"])
     arguments.add_argument("--steps", type=int, default=16)
     arguments.add_argument("--preset", default="kvarn_k4v2_g128")
     arguments.add_argument("--threads", type=int, default=processor.THREADS)
