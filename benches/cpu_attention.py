@@ -183,6 +183,7 @@ def main():
         history, chunk, arguments.cold_bytes = 512, 64, 1 << 20
         arguments.contexts, arguments.batches, arguments.runs = [512, 1024], [1, 2], 2
     processor.use_threads(arguments.threads)
+    neighbours = processor.Neighbours()
     report = Report(arguments, "cpu_attention.py", processor.name(), **processor.facts(arguments.threads))
     torch.manual_seed(0)
     prefill = prefill_shape(history, chunk)
@@ -208,7 +209,7 @@ def main():
             with report.part(f"expand {context}"):
                 expand_row(report, pools, shape_of(1, context), arguments)
     growth_rows(report)
-    tables.show(report, "cpu_attention")
+    tables.show(report, "cpu_attention", neighbours)
     return report.close()
 
 

@@ -115,6 +115,7 @@ def main():
     if arguments.small:
         pairs, sequences, arguments.runs = 8, 4, 2
         arguments.presets = arguments.presets[:1]
+    neighbours = processor.Neighbours()
     report = Report(arguments, "cpu_encode.py", processor.name(), **processor.facts(max(arguments.threads)))
     context = multiprocessing.get_context("spawn")
     processes = {threads: context.Pool(1, processor.use_threads, (threads,)) for threads in arguments.threads}
@@ -129,8 +130,9 @@ def main():
         with report.part(kind):
             append_row(report, processes, kind, length, arguments, sequences, layers)
     for process in processes.values():
-        process.terminate()
-    tables.show(report, "cpu_encode")
+        process.close()
+        process.join()
+    tables.show(report, "cpu_encode", neighbours)
     return report.close()
 
 

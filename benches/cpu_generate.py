@@ -117,6 +117,7 @@ def main():
     if arguments.small:
         arguments.models, arguments.steps = ["tiny"], 2
     processor.use_threads(arguments.threads)
+    neighbours = processor.Neighbours()
     report = Report(arguments, "cpu_generate.py", processor.name(), **processor.facts(arguments.threads))
     torch.manual_seed(0)
     for name in arguments.models:
@@ -124,7 +125,7 @@ def main():
             MODELS[name](report, arguments)
             compare_row(report, name)
         gc.collect()
-    tables.show(report, "cpu_generate")
+    tables.show(report, "cpu_generate", neighbours)
     return report.close()
 
 

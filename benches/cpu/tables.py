@@ -171,8 +171,9 @@ def broken(run):
     return ["\n".join(lines)] if lines else []
 
 
-def show(report, name):
+def show(report, name, neighbours):
     """Print what a run has found, as the document has it."""
+    report.head["others_cores"] = neighbours.cores()
     run = report.values()
     parts = [*SECTIONS[name][1](run), judged({name: run}, run["features"]), *broken(run)]
     print("\n" + "\n\n".join([f"On {describe(run)}", *parts]) + "\n", flush=True)

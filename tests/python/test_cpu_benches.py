@@ -57,6 +57,7 @@ def test_a_run_notes_processor_threads_and_instruction_sets(name):
     printed, run = small_run(name)
     assert run["features"] == list(kvarn._kvarn.cpu_features())
     assert (run["threads"], run["cores"], run["torch"]) == (2, os.cpu_count(), torch.__version__)
+    assert run["others_cores"] is None or 0 <= run["others_cores"] <= os.cpu_count()
     assert tables.describe(run) in printed
     assert run["device"] in printed
 
