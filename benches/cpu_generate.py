@@ -2,7 +2,8 @@
 
 KVarNCache under "kvarn" beside DynamicCache under "sdpa" (which copies its tensors at every step, as it does
 for every user), with the same weights, the same random keys and values in both caches, and the same tokens.
-No prompt is run. Both caches take turns, one step at a time; medians.
+No prompt is run. Both caches take turns of a few steps, the first of which is not counted: it meets what the
+other cache left of memory and threads. Medians.
 
 - smollm2: SmolLM2-135M-Instruct in float32 at 4,000 tokens.
 - llama-1b: a Llama of the shape of Llama-3.2-1B with random weights at 16 K tokens, in float32 and bfloat16.
@@ -32,27 +33,31 @@ LLAMA_1B = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-WARM_STEPS = 2
+TURN = 5
 IMPLEMENTATIONS = {"dynamic": "sdpa", "kvarn": "kvarn"}
 
 
 def step_times(model, caches, tokens):
-    """Seconds of each step of each cache, which take turns; behind WARM_STEPS that are left out."""
+    """Seconds of each step of each cache, without the first of a turn. Turns are of TURN tokens."""
     times = {name: [] for name in caches}
     with torch.no_grad():
-        for ids in tokens:
+        for ids in tokens.split(TURN):
             for name, cache in caches.items():
                 model.set_attn_implementation(IMPLEMENTATIONS[name])
-                start = time.perf_counter()
-                logits = model(input_ids=ids[None, None], past_key_values=cache, use_cache=True).logits
-                logits[:, -1].argmax(-1)
-                times[name].append(time.perf_counter() - start)
-    return {name: taken[WARM_STEPS:] for name, taken in times.items()}
+                times[name] += [step_time(model, cache, token) for token in ids][1:]
+    return times
+
+
+def step_time(model, cache, token):
+    start = time.perf_counter()
+    logits = model(input_ids=token[None, None], past_key_values=cache, use_cache=True).logits
+    logits[:, -1].argmax(-1)
+    return time.perf_counter() - start
 
 
 def model_rows(report, name, model, context, arguments):
     """A row for each cache."""
-    steps = arguments.steps + WARM_STEPS
+    steps = arguments.turns * TURN
     states = States(model, 1, context)
     caches = {cache: make_cache(cache, model, states, steps, arguments.preset) for cache in IMPLEMENTATIONS}
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +104,7 @@ def compare_row(report, name):
 
 
 def random_llama(report, name, shape, context, arguments):
-    model = make_model(shape, context + arguments.steps + WARM_STEPS, torch.float32, "cpu")
+    model = make_model(shape, context + arguments.turns * TURN, torch.float32, "cpu")
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         with report.part(f"{name} {dtype}"):
@@ -110,12 +115,12 @@ def random_llama(report, name, shape, context, arguments):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "llama-1b"])
-    arguments.add_argument("--steps", type=int, default=16)
+    arguments.add_argument("--turns", type=int, default=4, help="turns of each cache")
     arguments.add_argument("--preset", default="kvarn_k4v2_g128")
     arguments.add_argument("--threads", type=int, default=processor.THREADS)
     arguments = arguments.parse_args()
     if arguments.small:
-        arguments.models, arguments.steps = ["tiny"], 2
+        arguments.models, arguments.turns = ["tiny"], 1
     processor.use_threads(arguments.threads)
     neighbours = processor.Neighbours()
     report = Report(arguments, "cpu_generate.py", processor.name(), **processor.facts(arguments.threads))

@@ -71,5 +71,5 @@ def describe(run):
     busy = "an unknown number of" if others is None else f"{others:.1f}"
     return (
         f"{run['device']}, {run['cores']} cores, {run['threads']} threads, instruction sets that kvarn uses: "
-        f"{features}; torch {run['torch']}, commit {run['commit'][:10]}. Other processes kept {busy} cores busy."
+        f"{features}; torch {run['torch']}, commit {run['commit'][:10]}. Others kept {busy} cores busy."
     )

@@ -200,7 +200,7 @@ def document(runs):
         "sleep. Peers and kvarn are checked against float64 on a small shape first. Sequences hold 64 tokens "
         "fewer than the context says, so that the last tile is half full.\n"
         "- Encoding: a process for each number of threads.\n"
-        "- Generation: caches are filled without a prompt and take turns, one step of the model each.",
+        "- Generation: caches are filled without a prompt and take turns of a few steps.",
         "## Bars",
         "Every row that a bar is about must reach it. Reached: the median of these rows, and their range.",
         judged(runs, features),
