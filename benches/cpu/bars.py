@@ -38,9 +38,9 @@ LONG = (16384, 65536)  # contexts that have bars
 HISTORY = 16384  # packed tokens before the chunk that has one
 
 
-def bars(features):
+def bars(instruction_set):
     """The bars for a processor with these instruction sets."""
-    return [*_attention(), *_encode("avx512f" in features), *_generate()]
+    return [*_attention(), *_encode(instruction_set.startswith("avx512")), *_generate()]
 
 
 def _attention():

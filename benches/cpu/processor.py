@@ -37,7 +37,7 @@ def name():
 
 def facts(threads):
     """What a run notes beside the processor's name."""
-    return {"cores": os.cpu_count(), "threads": threads, "features": list(_kvarn.cpu_features())}
+    return {"cores": os.cpu_count(), "threads": threads, "instruction_set": _kvarn.instruction_set()[0]}
 
 
 class Neighbours:
@@ -66,10 +66,10 @@ class Neighbours:
 
 def describe(run):
     """One line on the processor of a run."""
-    features = ", ".join(run["features"]) or "none"
     others = run.get("others_cores")
     busy = "an unknown number of" if others is None else f"{others:.1f}"
     return (
-        f"{run['device']}, {run['cores']} cores, {run['threads']} threads, instruction sets that kvarn uses: "
-        f"{features}; torch {run['torch']}, commit {run['commit'][:10]}. Others kept {busy} cores busy."
+        f"{run['device']}, {run['cores']} cores, {run['threads']} threads, kvarn with "
+        f"{run['instruction_set']}; torch {run['torch']}, commit {run['commit'][:10]}. "
+        f"Others kept {busy} cores busy."
     )

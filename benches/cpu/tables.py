@@ -159,9 +159,9 @@ SECTIONS = {
 }
 
 
-def judged(runs, features):
+def judged(runs, instruction_set):
     """The bars that files say something of, as a table."""
-    lines = [bar.cells(runs) for bar in bars(features) if bar.least.file in runs]
+    lines = [bar.cells(runs) for bar in bars(instruction_set) if bar.least.file in runs]
     return grid(HEADER, lines)
 
 
@@ -175,7 +175,7 @@ def show(report, name, neighbours):
     """Print what a run has found, as the document has it."""
     report.head["others_cores"] = neighbours.cores()
     run = report.values()
-    parts = [*SECTIONS[name][1](run), judged({name: run}, run["features"]), *broken(run)]
+    parts = [*SECTIONS[name][1](run), judged({name: run}, run["instruction_set"]), *broken(run)]
     print("\n" + "\n\n".join([f"On {describe(run)}", *parts]) + "\n", flush=True)
 
 
@@ -185,10 +185,10 @@ def document(runs):
     Raises:
         ValueError: the runs are of different processors or instruction sets.
     """
-    machines = distinct((run["device"], tuple(run["features"])) for run in runs.values())
+    machines = distinct((run["device"], run["instruction_set"]) for run in runs.values())
     if len(machines) != 1:
         raise ValueError(f"runs of {len(machines)} processors: expected one; measure all of them on one")
-    (_, features) = machines[0]
+    (_, instruction_set) = machines[0]
     parts = [
         "# Performance on a CPU",
         "`make bench` measures this and writes it anew, with the JSON files beside the scripts in "
@@ -203,7 +203,7 @@ def document(runs):
         "- Generation: caches are filled without a prompt and take turns of a few steps.",
         "## Bars",
         "Every row that a bar is about must reach it. Reached: the median of these rows, and their range.",
-        judged(runs, features),
+        judged(runs, instruction_set),
     ]
     for name, run in runs.items():
         title, section = SECTIONS[name]
