@@ -4,6 +4,7 @@
 
 mod absorb;
 mod decode;
+mod elementary;
 mod encoder;
 mod guard;
 mod input;
@@ -12,6 +13,7 @@ mod normalize;
 mod quantize;
 mod refit;
 mod rotation;
+mod transpose;
 
 pub use decode::{DecodeScratch, decode_matrix};
 pub use encoder::{EncodeCounts, TileEncoder};
