@@ -2,13 +2,12 @@
 
 use super::absorb::{Parameters, round, round_in_place};
 use super::input::finite_rotated;
-use super::lanes::{LANES, row_ranges, sum_each};
+use super::lanes::{LANES, channel_strips, lanes_of, repeat, strip_ranges, turn};
 use super::normalize::Normalizer;
-use super::quantize::{code_bytes, range_parameters, row_codes};
+use super::quantize::{code_bytes, range_parameters, round_codes};
 use super::refit::{TokenLanes, prescale, refit_rows};
-use super::transpose::transpose;
 use crate::record::{EncodedMatrix, RecordLayout};
-use crate::{Config, Saturation, Side, through_half};
+use crate::{Config, Saturation, Side};
 
 /// What an encoder met.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,30 +63,43 @@ impl TileEncoder {
             (group * head_dim, group * head_dim, self.layout.record_bytes)
         );
         record.fill(0);
-        // K is quantised per channel: its matrix is the transposed tile.
-        transpose(k, head_dim, &mut self.key.m);
-        self.value.m.copy_from_slice(v);
         let mut counts = EncodeCounts::default();
+        // K is quantised per channel, V per token.
+        channel_strips(k, head_dim, &mut self.key.row_strips);
+        counts += finite_rotated(&mut self.key.row_strips);
+        turn(&self.key.row_strips, group, &mut self.key.column_strips);
+        channel_strips(v, head_dim, &mut self.value.column_strips);
+        counts += finite_rotated(&mut self.value.column_strips);
+        turn(&self.value.column_strips, group, &mut self.value.row_strips);
         for (matrix, layout) in [(&mut self.key, &self.layout.key), (&mut self.value, &self.layout.value)] {
-            counts += matrix.encode(self.refit, self.iterations);
+            counts.saturated += matrix.encode(self.refit, self.iterations).0;
             matrix.encoded.write(layout, record);
         }
         counts
     }
 }
 
-/// Encodes one matrix `m` `[rows, columns]`.
+/// Encodes one matrix m `[rows, columns]`.
 #[derive(Clone, Debug)]
 struct MatrixEncoder {
     side: Side,
     max_code: f32,
-    m: Vec<f32>,
-    /// `m` divided by the prescale.
-    prescaled: Vec<f32>,
-    /// 16 rows of `m`, divided by prescale, column and row scales.
+    /// m divided by the prescale, in row strips.
+    row_strips: Vec<f32>,
+    /// m divided by the prescale, in column strips.
+    column_strips: Vec<f32>,
+    /// A strip of rows, divided by column and row scales.
     balanced: Vec<f32>,
-    /// Their codes as float32 integers.
+    /// Its codes as float32 integers.
     codes: Vec<f32>,
+    /// The column scales of each element of a strip.
+    column_scales: Vec<f32>,
+    /// Scales and zero points of each element of a strip.
+    repeated: (Vec<f32>, Vec<f32>),
+    /// What a strip of tokens decodes to.
+    reconstructed: Vec<f32>,
+    /// All codes, in row strips.
+    code_strips: Vec<u8>,
     normalizer: Normalizer,
     parameters: Parameters,
     encoded: EncodedMatrix,
@@ -96,79 +108,93 @@ struct MatrixEncoder {
 impl MatrixEncoder {
     fn new(side: Side, layout: &RecordLayout) -> Self {
         let layout = layout.matrix(side);
-        let (elements, block) = (vec![0.0; layout.rows * layout.columns], vec![0.0; LANES * layout.columns]);
+        let (elements, strip) = (vec![0.0; layout.rows * layout.columns], vec![0.0; LANES * layout.columns]);
         Self {
             side,
             max_code: f32::from(layout.code_order.bits().max_code()),
-            prescaled: elements.clone(),
-            m: elements,
-            balanced: block.clone(),
-            codes: block,
+            row_strips: elements.clone(),
+            column_strips: elements,
+            balanced: strip.clone(),
+            codes: strip.clone(),
+            column_scales: strip.clone(),
+            repeated: (strip.clone(), strip),
+            reconstructed: vec![0.0; LANES * layout.rows.max(layout.columns)],
+            code_strips: vec![0; layout.rows * layout.columns],
             normalizer: Normalizer::new(layout.rows, layout.columns),
             parameters: Parameters::new(layout.rows, layout.columns),
             encoded: EncodedMatrix::zeros(layout),
         }
     }
 
+    /// Encodes what the strips hold.
     #[inline(always)]
-    fn encode(&mut self, refit: bool, iterations: usize) -> EncodeCounts {
-        let mut counts = finite_rotated(&mut self.m);
+    fn encode(&mut self, refit: bool, iterations: usize) -> Saturation {
         let mut saturation = Saturation::default();
-        let p = if refit { prescale(&self.m, &self.parameters.column_scale) } else { 1.0 };
-        if p != 1.0 {
+        let mut p = 1.0;
+        if refit {
+            p = prescale(&self.row_strips, &self.parameters.column_scale);
             // Exact: p is a power of two.
-            for (prescaled, value) in self.prescaled.iter_mut().zip(&self.m) {
-                *prescaled = value / p;
+            for strips in [&mut self.row_strips, &mut self.column_strips] {
+                for value in strips {
+                    *value /= p;
+                }
             }
         }
-        self.quantize(p, refit, iterations);
+        self.normalizer.run(&self.row_strips, &self.column_strips, iterations);
+        self.quantize(refit);
         self.absorb(p);
         self.parameters.guard();
         if refit {
             match self.side {
-                Side::Key => self.unbiased_column_scale(),
-                Side::Value => self.unbiased_row_scale(),
+                Side::Key => self.unbiased_column_scale(p),
+                Side::Value => self.unbiased_row_scale(p),
             }
             self.parameters.guard();
         }
         round(&self.parameters.row_scale, &mut self.encoded.row_scale, &mut saturation);
         round(&self.parameters.row_zero, &mut self.encoded.row_zero, &mut saturation);
         round(&self.parameters.column_scale, &mut self.encoded.column_scale, &mut saturation);
-        counts.saturated += saturation.0;
-        counts
+        saturation
     }
 
-    /// Normalises `m / p` and rounds every row; with refit, refits it.
+    /// Rounds every row of the normalised matrix; with refit, refits it.
     #[inline(always)]
-    fn quantize(&mut self, p: f32, refit: bool, iterations: usize) {
-        let m = if p == 1.0 { &self.m } else { &self.prescaled };
-        self.normalizer.run(m, iterations);
+    fn quantize(&mut self, refit: bool) {
         let Normalizer { row_scale, column_scale, .. } = &self.normalizer;
         let columns = column_scale.len();
+        for (repeated, scale) in self.column_scales.chunks_exact_mut(LANES).zip(column_scale) {
+            repeated.fill(*scale);
+        }
         let (balanced, codes) = (&mut self.balanced, &mut self.codes);
-        let blocks =
-            m.chunks_exact(LANES * columns).zip(self.encoded.codes.chunks_exact_mut(LANES * columns));
+        let strips = self.row_strips.chunks_exact(LANES * columns).zip(row_scale.chunks_exact(LANES));
         let Parameters { row_scale: scales, row_zero: zeros, .. } = &mut self.parameters;
         let parameters = scales.chunks_exact_mut(LANES).zip(zeros.chunks_exact_mut(LANES));
-        for (((m, bytes), row_scale), (scale, zero)) in
-            blocks.zip(row_scale.chunks_exact(LANES)).zip(parameters)
+        let bytes = self.code_strips.chunks_exact_mut(LANES * columns);
+        for (index, (((strip, row_scale), parameters), bytes)) in
+            strips.zip(parameters).zip(bytes).enumerate()
         {
-            let rows = balanced.chunks_exact_mut(columns).zip(m.chunks_exact(columns));
-            for ((balanced, m), row_scale) in rows.zip(row_scale) {
-                for ((balanced, m), column_scale) in balanced.iter_mut().zip(m).zip(column_scale) {
-                    *balanced = m / column_scale / row_scale;
-                }
+            let (row_scales, column_scales) = (&mut self.repeated.0, &mut self.column_scales);
+            repeat(&lanes_of(row_scale), row_scales);
+            let elements = balanced.iter_mut().zip(strip).zip(column_scales.iter().zip(row_scales.iter()));
+            for ((balanced, m), (column_scale, row_scale)) in elements {
+                *balanced = m / column_scale / row_scale;
             }
-            let (low, high) = row_ranges(balanced, columns);
-            let rows = balanced.chunks_exact(columns).zip(codes.chunks_exact_mut(columns));
-            for (row, (balanced, codes)) in rows.enumerate() {
-                (scale[row], zero[row]) = range_parameters(low[row], high[row], self.max_code);
-                row_codes(balanced, scale[row], zero[row], self.max_code, codes);
+            let (low, high) = strip_ranges(balanced);
+            let (mut scale, mut zero) = ([0.0; LANES], [0.0; LANES]);
+            for lane in 0..LANES {
+                (scale[lane], zero[lane]) = range_parameters(low[lane], high[lane], self.max_code);
             }
+            repeat(&scale, &mut self.repeated.0);
+            repeat(&zero, &mut self.repeated.1);
+            round_codes(balanced, &self.repeated.0, &self.repeated.1, self.max_code, codes);
             if refit {
-                refit_rows(balanced, scale, zero, self.max_code, codes);
+                let repeated = &mut self.repeated;
+                refit_rows(balanced, column_scale, &mut scale, &mut zero, self.max_code, codes, repeated);
             }
+            parameters.0.copy_from_slice(&scale);
+            parameters.1.copy_from_slice(&zero);
             code_bytes(codes, bytes);
+            rows_of_strip(bytes, &mut self.encoded.codes[index * LANES * columns..][..LANES * columns]);
         }
     }
 
@@ -185,19 +211,21 @@ impl MatrixEncoder {
 
     /// Refit of the K token scales: the row parameters are rounded first, the scale makes up for what that costs.
     #[inline(always)]
-    fn unbiased_column_scale(&mut self) {
+    fn unbiased_column_scale(&mut self, p: f32) {
         let Parameters { row_scale, row_zero, column_scale } = &mut self.parameters;
         round_in_place(row_scale);
         round_in_place(row_zero);
-        let columns = column_scale.len();
-        for (chunk, column_scale) in column_scale.chunks_exact_mut(LANES).enumerate() {
-            let chunk = chunk * LANES..(chunk + 1) * LANES;
-            let mut sums = TokenLanes::default();
-            let rows = self.m.chunks_exact(columns).zip(self.encoded.codes.chunks_exact(columns));
-            for ((m, codes), (scale, zero)) in rows.zip(row_scale.iter().zip(row_zero.iter())) {
-                let codes = &codes[chunk.clone()];
-                sums.add(&m[chunk.clone()], |lane| f32::from(codes[lane]) * scale + zero);
+        let (rows, columns) = (row_scale.len(), column_scale.len());
+        let strips = self.column_strips.chunks_exact(LANES * rows).zip(column_scale.chunks_exact_mut(LANES));
+        for (index, (strip, column_scale)) in strips.enumerate() {
+            let reconstructed = &mut self.reconstructed[..strip.len()];
+            let steps = reconstructed.chunks_exact_mut(LANES).zip(self.encoded.codes.chunks_exact(columns));
+            for ((r, codes), (scale, zero)) in steps.zip(row_scale.iter().zip(row_zero.iter())) {
+                for (r, code) in r.iter_mut().zip(&codes[index * LANES..][..LANES]) {
+                    *r = f32::from(*code) * scale + zero;
+                }
             }
+            let sums = TokenLanes::of(strip, p, reconstructed);
             for (lane, scale) in column_scale.iter_mut().enumerate() {
                 *scale = sums.lane(lane).scale().unwrap_or(*scale);
             }
@@ -206,33 +234,43 @@ impl MatrixEncoder {
 
     /// Refit of the V token scales: they are row parameters, multiplied unrounded so that they are rounded once.
     #[inline(always)]
-    fn unbiased_row_scale(&mut self) {
+    fn unbiased_row_scale(&mut self, p: f32) {
         let Parameters { row_scale, row_zero, column_scale } = &mut self.parameters;
         round_in_place(column_scale);
         let columns = column_scale.len();
-        let blocks =
-            self.m.chunks_exact(LANES * columns).zip(self.encoded.codes.chunks_exact(LANES * columns));
+        let strips = self.row_strips.chunks_exact(LANES * columns);
+        let strips = strips.zip(self.code_strips.chunks_exact(LANES * columns));
         let parameters = row_scale.chunks_exact_mut(LANES).zip(row_zero.chunks_exact_mut(LANES));
-        for ((m, codes), (scale, zero)) in blocks.zip(parameters) {
-            let (mut mm, mut rm, mut rr) =
-                ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
-            for (row, (m, codes)) in m.chunks_exact(columns).zip(codes.chunks_exact(columns)).enumerate() {
-                let (stored_scale, stored_zero) = (through_half(scale[row]), through_half(zero[row]));
-                let mut sums = TokenLanes::default();
-                let chunks = m.chunks_exact(LANES).zip(codes.chunks_exact(LANES));
-                for ((m, codes), column_scale) in chunks.zip(column_scale.chunks_exact(LANES)) {
-                    let value = |lane: usize| f32::from(codes[lane]) * stored_scale + stored_zero;
-                    sums.add(m, |lane| value(lane) * column_scale[lane]);
-                }
-                (mm[row], rm[row], rr[row]) = (sums.mm, sums.rm, sums.rr);
-            }
-            let sums = TokenLanes { mm: sum_each(mm), rm: sum_each(rm), rr: sum_each(rr) };
-            for row in 0..LANES {
-                if let Some(factor) = sums.lane(row).scale() {
-                    scale[row] *= factor;
-                    zero[row] *= factor;
+        for ((strip, codes), (scale, zero)) in strips.zip(parameters) {
+            let (mut stored_scale, mut stored_zero) = (lanes_of(scale), lanes_of(zero));
+            round_in_place(&mut stored_scale);
+            round_in_place(&mut stored_zero);
+            let reconstructed = &mut self.reconstructed[..strip.len()];
+            let steps = reconstructed.chunks_exact_mut(LANES).zip(codes.chunks_exact(LANES));
+            for ((r, codes), column_scale) in steps.zip(column_scale.iter()) {
+                for lane in 0..LANES {
+                    r[lane] =
+                        (f32::from(codes[lane]) * stored_scale[lane] + stored_zero[lane]) * column_scale;
                 }
             }
+            let sums = TokenLanes::of(strip, p, reconstructed);
+            for lane in 0..LANES {
+                if let Some(factor) = sums.lane(lane).scale() {
+                    scale[lane] *= factor;
+                    zero[lane] *= factor;
+                }
+            }
+        }
+    }
+}
+
+/// The rows `[16, columns]` of a strip of rows.
+#[inline(always)]
+fn rows_of_strip(strip: &[u8], rows: &mut [u8]) {
+    let columns = strip.len() / LANES;
+    for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
+        for (code, step) in row.iter_mut().zip(strip.chunks_exact(LANES)) {
+            *code = step[lane];
         }
     }
 }

@@ -1,135 +1,120 @@
-//! Reductions with a fixed order, so that results do not depend on how the compiler vectorises.
+//! Strips, and reductions with a fixed order, so that results do not depend on how the compiler vectorises.
 //!
-//! A matrix is worked on in blocks of 16 rows, and a row in chunks of 16 columns: every size is a multiple of 16. Partial
-//! sums of a block's rows go to memory before they are added up, which keeps 16 lanes together in one register: where a
-//! sum over lanes follows directly, the compiler splits them in pairs.
+//! A matrix lies in *strips* of 16 lines: `[lines / 16][length][16]`. A line is a row in row strips and a column in column
+//! strips. What is found for each line then takes no sum over the lanes of a register, and a strip of 128 tokens or
+//! channels stays in the nearest cache. Every size is a multiple of 16.
 
 pub(super) const LANES: usize = 16;
 
 /// One value of each lane.
 pub(super) type Lanes = [f32; LANES];
 
-/// Sum of `f(row, value, of)` over each row of a block `[16, of.len()]`; `of` has a value for each column.
+/// Partial sums along a strip: enough of them to hide the time that an addition takes.
+const PARTS: usize = 4;
+
+/// For each lane the sum of `f(lane, value, of)` along a strip; `of` has a value for each step along it.
 #[inline(always)]
-pub(super) fn row_sums(block: &[f32], of: &[f32], f: impl Fn(usize, f32, f32) -> f32) -> Lanes {
-    let mut partial = [[0.0; LANES]; LANES];
-    for (row, (partial, values)) in partial.iter_mut().zip(block.chunks_exact(of.len())).enumerate() {
-        let mut lanes = [0.0; LANES];
-        for (values, of) in values.chunks_exact(LANES).zip(of.chunks_exact(LANES)) {
-            for lane in 0..LANES {
-                lanes[lane] += f(row, values[lane], of[lane]);
-            }
-        }
-        *partial = lanes;
+pub(super) fn strip_sums(strip: &[f32], of: &[f32], f: impl Fn(usize, f32, f32) -> f32) -> Lanes {
+    let (mut a, mut b, mut c, mut d) = ([0.0; LANES], [0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    for (values, of) in strip.chunks_exact(PARTS * LANES).zip(of.chunks_exact(PARTS)) {
+        // Not a loop: the sums must be known to stay in registers.
+        add(&mut a, &values[..LANES], |lane, value| f(lane, value, of[0]));
+        add(&mut b, &values[LANES..2 * LANES], |lane, value| f(lane, value, of[1]));
+        add(&mut c, &values[2 * LANES..3 * LANES], |lane, value| f(lane, value, of[2]));
+        add(&mut d, &values[3 * LANES..], |lane, value| f(lane, value, of[3]));
     }
-    sum_each(partial)
+    total(a, b, c, d)
 }
 
-/// Sum of each row of a square, its 16 values added pairwise.
+/// For each lane the sum of `f(lane, a, b)` along two strips.
 #[inline(always)]
-pub(super) fn sum_each(square: [Lanes; LANES]) -> Lanes {
-    reduce(square, |a, b| a + b)
+pub(super) fn strip_products(a: &[f32], b: &[f32], f: impl Fn(usize, f32, f32) -> f32) -> Lanes {
+    let mut parts = ([0.0; LANES], [0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    for (a, b) in a.chunks_exact(PARTS * LANES).zip(b.chunks_exact(PARTS * LANES)) {
+        add(&mut parts.0, &a[..LANES], |lane, value| f(lane, value, b[lane]));
+        add(&mut parts.1, &a[LANES..2 * LANES], |lane, value| f(lane, value, b[LANES + lane]));
+        add(&mut parts.2, &a[2 * LANES..3 * LANES], |lane, value| f(lane, value, b[2 * LANES + lane]));
+        add(&mut parts.3, &a[3 * LANES..], |lane, value| f(lane, value, b[3 * LANES + lane]));
+    }
+    total(parts.0, parts.1, parts.2, parts.3)
 }
 
-/// Adds `f(row, value, of)` over the rows of a block to `sums` `[columns]`, row by row; `of` has a value for each column.
 #[inline(always)]
-pub(super) fn add_rows(block: &[f32], sums: &mut [f32], of: &[f32], f: impl Fn(usize, f32, f32) -> f32) {
-    let columns = sums.len();
-    for (chunk, (sums, of)) in sums.chunks_exact_mut(LANES).zip(of.chunks_exact(LANES)).enumerate() {
-        let mut lanes = [0.0; LANES];
-        lanes.copy_from_slice(sums);
-        for (row, values) in block.chunks_exact(columns).enumerate() {
-            let values = &values[chunk * LANES..][..LANES];
-            for lane in 0..LANES {
-                lanes[lane] += f(row, values[lane], of[lane]);
-            }
-        }
-        sums.copy_from_slice(&lanes);
+fn add(sums: &mut Lanes, values: &[f32], f: impl Fn(usize, f32) -> f32) {
+    for lane in 0..LANES {
+        sums[lane] += f(lane, values[lane]);
     }
 }
 
-/// Smallest and largest value of each row of a block `[16, columns]`.
 #[inline(always)]
-pub(super) fn row_ranges(block: &[f32], columns: usize) -> (Lanes, Lanes) {
-    let (mut low, mut high) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
-    for ((low, high), values) in low.iter_mut().zip(&mut high).zip(block.chunks_exact(columns)) {
-        (*low, *high) = lane_ranges(values);
+fn total(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> Lanes {
+    let mut sums = [0.0; LANES];
+    for lane in 0..LANES {
+        sums[lane] = (a[lane] + b[lane]) + (c[lane] + d[lane]);
     }
-    (reduce(low, smaller), reduce(high, larger))
+    sums
 }
 
-/// Smallest and largest value.
+/// A copy of 16 values, which the compiler knows to change with no other slice.
 #[inline(always)]
-pub(super) fn min_max(values: &[f32]) -> (f32, f32) {
-    let (low, high) = lane_ranges(values);
-    (low.into_iter().fold(f32::INFINITY, smaller), high.into_iter().fold(f32::NEG_INFINITY, larger))
+pub(super) fn lanes_of(values: &[f32]) -> Lanes {
+    let mut lanes = [0.0; LANES];
+    lanes.copy_from_slice(values);
+    lanes
 }
 
+/// Repeats 16 values all along a strip, so that what is done with them is done on whole slices.
 #[inline(always)]
-fn lane_ranges(values: &[f32]) -> (Lanes, Lanes) {
+pub(super) fn repeat(lanes: &Lanes, strip: &mut [f32]) {
+    for out in strip.chunks_exact_mut(LANES) {
+        out.copy_from_slice(lanes);
+    }
+}
+
+/// Smallest and largest value of each lane of a strip.
+#[inline(always)]
+pub(super) fn strip_ranges(strip: &[f32]) -> (Lanes, Lanes) {
     let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    for values in values.chunks_exact(LANES) {
+    for values in strip.chunks_exact(LANES) {
         for lane in 0..LANES {
-            low[lane] = smaller(low[lane], values[lane]);
-            high[lane] = larger(high[lane], values[lane]);
+            low[lane] = if values[lane] < low[lane] { values[lane] } else { low[lane] };
+            high[lane] = if values[lane] > high[lane] { values[lane] } else { high[lane] };
         }
     }
     (low, high)
 }
 
-/// The smaller one; the first where one is NaN.
+/// Smallest and largest value.
 #[inline(always)]
-fn smaller(a: f32, b: f32) -> f32 {
-    if b < a { b } else { a }
+pub(super) fn min_max(values: &[f32]) -> (f32, f32) {
+    let (low, high) = strip_ranges(values);
+    (low.into_iter().fold(f32::INFINITY, f32::min), high.into_iter().fold(f32::NEG_INFINITY, f32::max))
 }
 
-/// The larger one; the first where one is NaN.
+/// Cuts `tile` `[group, head_dim]` into strips of 16 channels, `[head_dim / 16][group][16]`.
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if b > a { b } else { a }
-}
-
-/// Reduces each row of a square pairwise: lane `i` with lane `i + 8`, then with `i + 4`, `i + 2`, `i + 1`.
-///
-/// Over the whole square as if it were one row: what is added across rows is never looked at. Every step then takes
-/// neighbours in memory, which no shuffle could do as cheaply on every processor.
-#[inline(always)]
-fn reduce(square: [Lanes; LANES], f: impl Fn(f32, f32) -> f32) -> Lanes {
-    const ELEMENTS: usize = LANES * LANES;
-    let mut values = [0.0; ELEMENTS + LANES];
-    values[..ELEMENTS].copy_from_slice(square.as_flattened());
-    let mut width = LANES / 2;
-    while width > 0 {
-        let mut reduced = [0.0; ELEMENTS + LANES];
-        for index in 0..ELEMENTS {
-            reduced[index] = f(values[index], values[index + width]);
+pub(super) fn channel_strips(tile: &[f32], head_dim: usize, strips: &mut [f32]) {
+    let group = tile.len() / head_dim;
+    for (index, strip) in strips.chunks_exact_mut(LANES * group).enumerate() {
+        for (out, row) in strip.chunks_exact_mut(LANES).zip(tile.chunks_exact(head_dim)) {
+            out.copy_from_slice(&row[index * LANES..][..LANES]);
         }
-        values = reduced;
-        width /= 2;
     }
-    let mut first = [0.0; LANES];
-    for lane in 0..LANES {
-        first[lane] = values[LANES * lane];
-    }
-    first
 }
 
-/// A square with rows and lanes exchanged: one bit of their indices after the other, which takes whole registers.
+/// Turns strips of `length` steps into strips of the other dimension.
 #[inline(always)]
-pub(super) fn transpose(square: [Lanes; LANES]) -> [Lanes; LANES] {
-    exchange::<8>(exchange::<4>(exchange::<2>(exchange::<1>(square))))
-}
-
-/// Exchanges the bit `STRIDE` of row and lane.
-#[inline(always)]
-fn exchange<const STRIDE: usize>(square: [Lanes; LANES]) -> [Lanes; LANES] {
-    let mut out = square;
-    for row in 0..LANES {
-        for lane in 0..LANES {
-            if row & STRIDE != lane & STRIDE {
-                out[row][lane] = square[row ^ STRIDE][lane ^ STRIDE];
+pub(super) fn turn<T: Copy>(strips: &[T], length: usize, turned: &mut [T]) {
+    const SQUARE: usize = LANES * LANES;
+    let lines = strips.len() / length;
+    for (i, strip) in strips.chunks_exact(LANES * length).enumerate() {
+        for (j, square) in strip.chunks_exact(SQUARE).enumerate() {
+            let out = &mut turned[j * LANES * lines + i * SQUARE..][..SQUARE];
+            for row in 0..LANES {
+                for lane in 0..LANES {
+                    out[row * LANES + lane] = square[lane * LANES + row];
+                }
             }
         }
     }
-    out
 }

@@ -13,7 +13,6 @@ mod normalize;
 mod quantize;
 mod refit;
 mod rotation;
-mod transpose;
 
 pub use decode::{DecodeScratch, decode_matrix};
 pub use encoder::{EncodeCounts, TileEncoder};

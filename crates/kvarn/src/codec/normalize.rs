@@ -5,7 +5,7 @@
 //! sweep for the rows and one for the columns, without divisions, and the imbalance's column std is the next iteration's.
 
 use super::elementary::{exp, ln};
-use super::lanes::{self, LANES};
+use super::lanes::{LANES, lanes_of, min_max, strip_sums};
 
 const LOG_MIN: f32 = -0.3;
 const LOG_MAX: f32 = 10.0;
@@ -19,8 +19,6 @@ pub(super) struct Normalizer {
     pub row_scale: Vec<f32>,
     columns: Axis,
     rows: Axis,
-    /// Mean of each column of `m / row scales`.
-    column_mean: Vec<f32>,
 }
 
 /// The current iterate's columns, or rows.
@@ -28,6 +26,9 @@ pub(super) struct Normalizer {
 struct Axis {
     log: Vec<f32>,
     inverse: Vec<f32>,
+    /// std of each line divided by the scales of the other axis only.
+    raw: Vec<f32>,
+    mean: Vec<f32>,
     std: Vec<f32>,
 }
 
@@ -38,13 +39,12 @@ impl Normalizer {
             row_scale: vec![1.0; rows],
             columns: Axis::new(columns),
             rows: Axis::new(rows),
-            column_mean: vec![0.0; columns],
         }
     }
 
-    /// Finds the scales of `m` `[rows, columns]`.
+    /// Finds the scales of a matrix, given in row strips and in column strips.
     #[inline(always)]
-    pub(super) fn run(&mut self, m: &[f32], iterations: usize) {
+    pub(super) fn run(&mut self, row_strips: &[f32], column_strips: &[f32], iterations: usize) {
         let (columns, rows) = (&mut self.columns, &mut self.rows);
         columns.reset();
         rows.reset();
@@ -55,9 +55,12 @@ impl Normalizer {
             if scaled {
                 columns.update();
             }
-            sweep_rows(m, columns, rows, scaled, &mut self.column_mean);
-            sweep_columns(m, columns, rows, &self.column_mean);
-            let imbalance = spread(&columns.std) + spread(&rows.std);
+            rows.measure(row_strips, &columns.inverse);
+            if scaled {
+                rows.update();
+            }
+            columns.measure(column_strips, &rows.inverse);
+            let imbalance = columns.spread() + rows.spread();
             // Ties go to the later iterate; a NaN never wins.
             if !scaled || imbalance <= best {
                 best = imbalance;
@@ -65,15 +68,24 @@ impl Normalizer {
                 self.row_scale.copy_from_slice(&rows.log);
             }
         }
-        for scale in [&mut self.column_scale, &mut self.row_scale].into_iter().flatten() {
-            *scale = exp(*scale);
+        for scales in [&mut self.column_scale, &mut self.row_scale] {
+            for scale in scales {
+                *scale = exp(*scale);
+            }
         }
     }
 }
 
 impl Axis {
     fn new(count: usize) -> Self {
-        Self { log: vec![0.0; count], inverse: vec![1.0; count], std: vec![0.0; count] }
+        let zeros = vec![0.0; count];
+        Self {
+            log: zeros.clone(),
+            inverse: zeros.clone(),
+            raw: zeros.clone(),
+            mean: zeros.clone(),
+            std: zeros,
+        }
     }
 
     #[inline(always)]
@@ -82,73 +94,47 @@ impl Axis {
         self.inverse.fill(1.0);
     }
 
-    /// Adds `ln std` to the log scales.
+    /// Adds `ln std` to the log scales, `std` that of the current iterate.
     #[inline(always)]
     fn update(&mut self) {
-        for ((log, inverse), std) in self.log.iter_mut().zip(&mut self.inverse).zip(&self.std) {
-            (*log, *inverse) = updated(*log, *std);
+        for ((log, inverse), raw) in self.log.iter_mut().zip(&mut self.inverse).zip(&self.raw) {
+            let std = raw * *inverse;
+            *log = (*log + ln(std.clamp(1e-3, 1e3))).clamp(LOG_MIN, LOG_MAX);
+            *inverse = exp(-*log);
         }
     }
-}
 
-/// The log scale with `ln std` added, and the inverse of the scale.
-#[inline(always)]
-fn updated(log: f32, std: f32) -> (f32, f32) {
-    let log = (log + ln(std.clamp(1e-3, 1e3))).clamp(LOG_MIN, LOG_MAX);
-    (log, exp(-log))
-}
-
-/// Finds each row's std, with `update` adds its logarithm to the rows' log scales, and finds the columns' means.
-///
-/// In blocks of rows, so that all but the first reading of a block comes from the nearest cache.
-#[inline(always)]
-fn sweep_rows(m: &[f32], columns: &Axis, rows: &mut Axis, update: bool, column_mean: &mut [f32]) {
-    let (width, height) = (columns.log.len(), rows.log.len());
-    column_mean.fill(0.0);
-    let blocks = m.chunks_exact(LANES * width).zip(rows.log.chunks_exact_mut(LANES));
-    let blocks = blocks.zip(rows.inverse.chunks_exact_mut(LANES).zip(rows.std.chunks_exact_mut(LANES)));
-    for ((block, log), (inverse, std)) in blocks {
-        let mut mean = lanes::row_sums(block, &columns.inverse, |_, value, inverse| value * inverse);
-        for mean in &mut mean {
-            *mean /= width as f32;
+    /// Finds the std of each line divided by the scales of the other axis only, `inverse` of which are given.
+    #[inline(always)]
+    fn measure(&mut self, strips: &[f32], inverse: &[f32]) {
+        let length = inverse.len();
+        // All means first: they then come from memory, as whole registers.
+        for (strip, mean) in strips.chunks_exact(LANES * length).zip(self.mean.chunks_exact_mut(LANES)) {
+            mean.copy_from_slice(&strip_sums(strip, inverse, |_, value, inverse| value * inverse));
         }
-        let squares = lanes::row_sums(block, &columns.inverse, |row, value, inverse| {
-            let deviation = value * inverse - mean[row];
-            deviation * deviation
-        });
-        for lane in 0..LANES {
-            let raw = (squares[lane] / (width - 1) as f32).sqrt();
-            if update {
-                (log[lane], inverse[lane]) = updated(log[lane], raw * inverse[lane]);
-            }
-            std[lane] = raw * inverse[lane];
+        for mean in &mut self.mean {
+            *mean /= length as f32;
         }
-        lanes::add_rows(block, column_mean, &columns.inverse, |row, value, _| value * inverse[row]);
+        let lines = self.mean.chunks_exact(LANES).zip(self.raw.chunks_exact_mut(LANES));
+        for (strip, (mean, raw)) in strips.chunks_exact(LANES * length).zip(lines) {
+            let mean = lanes_of(mean);
+            raw.copy_from_slice(&strip_sums(strip, inverse, |lane, value, inverse| {
+                let deviation = value * inverse - mean[lane];
+                deviation * deviation
+            }));
+        }
+        for raw in &mut self.raw {
+            *raw = (*raw / (length - 1) as f32).sqrt();
+        }
     }
-    for mean in column_mean {
-        *mean /= height as f32;
-    }
-}
 
-/// Finds each column's std.
-#[inline(always)]
-fn sweep_columns(m: &[f32], columns: &mut Axis, rows: &Axis, mean: &[f32]) {
-    let (width, height) = (columns.log.len(), rows.log.len());
-    columns.std.fill(0.0);
-    for (block, inverse) in m.chunks_exact(LANES * width).zip(rows.inverse.chunks_exact(LANES)) {
-        lanes::add_rows(block, &mut columns.std, mean, |row, value, mean| {
-            let deviation = value * inverse[row] - mean;
-            deviation * deviation
-        });
+    /// Ratio of the largest to the smallest std of the current iterate.
+    #[inline(always)]
+    fn spread(&mut self) -> f32 {
+        for ((std, raw), inverse) in self.std.iter_mut().zip(&self.raw).zip(&self.inverse) {
+            *std = raw * inverse;
+        }
+        let (low, high) = min_max(&self.std);
+        high / low.max(1e-8)
     }
-    for (std, inverse) in columns.std.iter_mut().zip(&columns.inverse) {
-        *std = (*std / (height - 1) as f32).sqrt() * inverse;
-    }
-}
-
-/// Ratio of the largest to the smallest std.
-#[inline(always)]
-fn spread(std: &[f32]) -> f32 {
-    let (low, high) = lanes::min_max(std);
-    high / low.max(1e-8)
 }

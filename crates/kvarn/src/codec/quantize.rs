@@ -10,10 +10,11 @@ pub(super) fn range_parameters(low: f32, high: f32, max_code: f32) -> (f32, f32)
     (((high - low) / max_code).max(1e-10), low)
 }
 
-/// Codes of `row`, as float32 integers: `clamp(round_half_even((b - zero) / scale), 0, max_code)`.
+/// Codes as float32 integers: `clamp(round_half_even((b - zero) / scale), 0, max_code)`, with scale and zero point of each
+/// element.
 #[inline(always)]
-pub(super) fn row_codes(row: &[f32], scale: f32, zero: f32, max_code: f32, codes: &mut [f32]) {
-    for (code, value) in codes.iter_mut().zip(row) {
+pub(super) fn round_codes(b: &[f32], scale: &[f32], zero: &[f32], max_code: f32, codes: &mut [f32]) {
+    for (((code, value), scale), zero) in codes.iter_mut().zip(b).zip(scale).zip(zero) {
         let x = (value - zero) / scale;
         // NaN, possible only when a hostile row overflows, compares false and becomes 0.
         let x = if x > 0.0 { x } else { 0.0 };

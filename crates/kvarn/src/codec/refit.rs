@@ -4,65 +4,65 @@
 //! accumulation of errors in decoding. Prescale keeps small tiles off the normalisation's lower clip, row refit fits scale
 //! and zero point to the codes by least squares, and the token scale makes `⟨x̂, x⟩ = ⟨x, x⟩` for every token.
 
-use super::lanes::{self, LANES, Lanes};
-use super::quantize::row_codes;
+use super::lanes::{LANES, Lanes, repeat, strip_products, strip_sums};
+use super::quantize::round_codes;
 
 /// Rounds of least squares and new codes.
 const ROUNDS: usize = 4;
 
-/// The power of two by which a matrix is divided first: its std is then in [4, 8). 1 for a constant matrix. `columns` has
-/// as many elements as the matrix has columns.
+/// The power of two by which a matrix, given in strips, is divided first: its std is then in [4, 8). 1 for a constant
+/// matrix. `line` has as many elements as a strip has steps.
 #[inline(always)]
-pub(super) fn prescale(m: &[f32], columns: &[f32]) -> f32 {
-    let count = m.len() as f32;
-    let sum = |f: &dyn Fn(&[f32]) -> Lanes| m.chunks_exact(LANES * columns.len()).flat_map(f).sum::<f32>();
-    let mean = sum(&|block| lanes::row_sums(block, columns, |_, x, _| x)) / count;
-    let squares = sum(&|block| lanes::row_sums(block, columns, |_, x, _| (x - mean) * (x - mean)));
+pub(super) fn prescale(strips: &[f32], line: &[f32]) -> f32 {
+    let count = strips.len() as f32;
+    let mut mean = 0.0;
+    for strip in strips.chunks_exact(LANES * line.len()) {
+        mean += strip_sums(strip, line, |_, x, _| x).iter().sum::<f32>();
+    }
+    mean /= count;
+    let mut squares = 0.0;
+    for strip in strips.chunks_exact(LANES * line.len()) {
+        squares += strip_sums(strip, line, |_, x, _| (x - mean) * (x - mean)).iter().sum::<f32>();
+    }
     let std = (squares / (count - 1.0)).sqrt();
     if std > 0.0 && std.is_finite() { std.log2().floor().exp2() / 4.0 } else { 1.0 }
 }
 
-/// Refits 16 rows: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times.
+/// Refits a strip of rows: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times. `line`
+/// has as many elements as the strip has steps.
 #[inline(always)]
 pub(super) fn refit_rows(
-    block: &[f32],
-    scale: &mut [f32],
-    zero: &mut [f32],
+    strip: &[f32],
+    line: &[f32],
+    scale: &mut Lanes,
+    zero: &mut Lanes,
     max_code: f32,
     codes: &mut [f32],
+    repeated: &mut (Vec<f32>, Vec<f32>),
 ) {
-    let columns = block.len() / LANES;
-    let count = columns as f32;
+    let count = line.len() as f32;
     let each = |sums: Lanes| sums.map(|sum| sum / count);
-    let mean = each(lanes::row_sums(block, &block[..columns], |_, b, _| b));
+    let mean = each(strip_sums(strip, line, |_, b, _| b));
     let mut fits = [true; LANES];
     for _ in 0..ROUNDS {
-        let code_mean = each(lanes::row_sums(codes, &block[..columns], |_, q, _| q));
-        let (mut variance, mut covariance) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
-        let rows = block.chunks_exact(columns).zip(codes.chunks_exact(columns));
-        for (row, (block, codes)) in rows.enumerate() {
-            let (mut qq, mut qb) = ([0.0; LANES], [0.0; LANES]);
-            for (b, q) in block.chunks_exact(LANES).zip(codes.chunks_exact(LANES)) {
-                for lane in 0..LANES {
-                    let deviation = q[lane] - code_mean[row];
-                    qq[lane] += deviation * deviation;
-                    qb[lane] += deviation * (b[lane] - mean[row]);
-                }
-            }
-            (variance[row], covariance[row]) = (qq, qb);
-        }
-        let (variance, covariance) = (each(lanes::sum_each(variance)), each(lanes::sum_each(covariance)));
-        let rows = block.chunks_exact(columns).zip(codes.chunks_exact_mut(columns));
-        for (row, (block, codes)) in rows.enumerate() {
-            let slope = covariance[row] / variance[row];
+        let code_mean = each(strip_sums(codes, line, |_, q, _| q));
+        let variance =
+            each(strip_sums(codes, line, |lane, q, _| (q - code_mean[lane]) * (q - code_mean[lane])));
+        let covariance =
+            each(strip_products(codes, strip, |lane, q, b| (q - code_mean[lane]) * (b - mean[lane])));
+        for lane in 0..LANES {
+            let slope = covariance[lane] / variance[lane];
             // Written so that a NaN leaves the row as it is.
-            fits[row] &= variance[row] > 1e-6 && slope > 0.0;
-            if fits[row] {
-                scale[row] = slope;
-                zero[row] = mean[row] - slope * code_mean[row];
-                row_codes(block, scale[row], zero[row], max_code, codes);
+            fits[lane] &= variance[lane] > 1e-6 && slope > 0.0;
+            if fits[lane] {
+                scale[lane] = slope;
+                zero[lane] = mean[lane] - slope * code_mean[lane];
             }
         }
+        // A row that was left as it is gets the codes it has.
+        repeat(scale, &mut repeated.0);
+        repeat(zero, &mut repeated.1);
+        round_codes(strip, &repeated.0, &repeated.1, max_code, codes);
     }
 }
 
@@ -83,27 +83,26 @@ impl TokenSums {
     }
 }
 
-/// [`TokenSums`] of 16 lanes.
-#[derive(Clone, Copy, Debug, Default)]
+/// [`TokenSums`] of 16 tokens.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct TokenLanes {
-    pub mm: Lanes,
-    pub rm: Lanes,
-    pub rr: Lanes,
+    mm: Lanes,
+    rm: Lanes,
+    rr: Lanes,
 }
 
 impl TokenLanes {
-    /// Adds 16 elements of the input and their reconstruction.
+    /// The sums of a strip of tokens: the input divided by `p`, and what it decodes to.
     #[inline(always)]
-    pub(super) fn add(&mut self, m: &[f32], r: impl Fn(usize) -> f32) {
-        for lane in 0..LANES {
-            let (m, r) = (m[lane], r(lane));
-            self.mm[lane] += m * m;
-            self.rm[lane] += r * m;
-            self.rr[lane] += r * r;
+    pub(super) fn of(strip: &[f32], p: f32, reconstructed: &[f32]) -> Self {
+        Self {
+            mm: strip_products(strip, strip, |_, a, b| (a * p) * (b * p)),
+            rm: strip_products(reconstructed, strip, |_, r, m| r * (m * p)),
+            rr: strip_products(reconstructed, reconstructed, |_, a, b| a * b),
         }
     }
 
-    /// The sums of one lane.
+    /// The sums of one token.
     #[inline(always)]
     pub(super) const fn lane(&self, lane: usize) -> TokenSums {
         TokenSums { mm: self.mm[lane], rm: self.rm[lane], rr: self.rr[lane] }
