@@ -189,7 +189,7 @@ impl MatrixEncoder {
             round_codes(balanced, &self.repeated.0, &self.repeated.1, self.max_code, codes);
             if refit {
                 let repeated = &mut self.repeated;
-                refit_rows(balanced, column_scale, &mut scale, &mut zero, self.max_code, codes, repeated);
+                refit_rows(balanced, &mut scale, &mut zero, self.max_code, codes, repeated);
             }
             parameters.0.copy_from_slice(&scale);
             parameters.1.copy_from_slice(&zero);

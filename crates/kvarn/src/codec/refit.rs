@@ -28,35 +28,32 @@ pub(super) fn prescale(strips: &[f32], line: &[f32]) -> f32 {
     if std > 0.0 && std.is_finite() { std.log2().floor().exp2() / 4.0 } else { 1.0 }
 }
 
-/// Refits a strip of rows: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times. `line`
-/// has as many elements as the strip has steps.
+/// Refits a strip of rows: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times.
 #[inline(always)]
 pub(super) fn refit_rows(
     strip: &[f32],
-    line: &[f32],
     scale: &mut Lanes,
     zero: &mut Lanes,
     max_code: f32,
     codes: &mut [f32],
     repeated: &mut (Vec<f32>, Vec<f32>),
 ) {
-    let count = line.len() as f32;
-    let each = |sums: Lanes| sums.map(|sum| sum / count);
-    let mean = each(strip_sums(strip, line, |_, b, _| b));
+    let count = (strip.len() / LANES) as f64;
+    let sum_b = products(strip, strip, |_, b| b);
     let mut fits = [true; LANES];
     for _ in 0..ROUNDS {
-        let code_mean = each(strip_sums(codes, line, |_, q, _| q));
-        let variance =
-            each(strip_sums(codes, line, |lane, q, _| (q - code_mean[lane]) * (q - code_mean[lane])));
-        let covariance =
-            each(strip_products(codes, strip, |lane, q, b| (q - code_mean[lane]) * (b - mean[lane])));
+        let sum_q = products(codes, codes, |_, q| q);
+        let sum_qq = products(codes, codes, |p, q| p * q);
+        let sum_qb = products(codes, strip, |q, b| q * b);
         for lane in 0..LANES {
-            let slope = covariance[lane] / variance[lane];
+            let code_mean = sum_q[lane] / count;
+            let variance = sum_qq[lane] / count - code_mean * code_mean;
+            let slope = (sum_qb[lane] - code_mean * sum_b[lane]) / count / variance;
             // Written so that a NaN leaves the row as it is.
-            fits[lane] &= variance[lane] > 1e-6 && slope > 0.0;
+            fits[lane] &= variance > 1e-6 && slope > 0.0;
             if fits[lane] {
-                scale[lane] = slope;
-                zero[lane] = mean[lane] - slope * code_mean[lane];
+                scale[lane] = slope as f32;
+                zero[lane] = (sum_b[lane] / count - slope * code_mean) as f32;
             }
         }
         // A row that was left as it is gets the codes it has.
@@ -64,6 +61,19 @@ pub(super) fn refit_rows(
         repeat(zero, &mut repeated.1);
         round_codes(strip, &repeated.0, &repeated.1, max_code, codes);
     }
+}
+
+/// For each lane the sum of `f(a, b)` along two strips, in float64: there products of codes and values are exact, so that
+/// the fit needs no second pass for the deviations from the means, and its rounding is that of its results.
+#[inline(always)]
+fn products(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> [f64; LANES] {
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
+        for lane in 0..LANES {
+            sums[lane] += f(f64::from(a[lane]), f64::from(b[lane]));
+        }
+    }
+    sums
 }
 
 /// Sums for the unbiased scale of one token: `m` the input, `r` its reconstruction.
