@@ -9,19 +9,51 @@ use kvarn::{Config, Saturation};
 
 use crate::TensorRef;
 use crate::dtype::{load, slot_dtype, store};
+use crate::features::dispatch;
 use crate::pool::Pool;
 
-/// What is done to a row before it is stored: non-finite elements become 0, then it is rotated and rounded to the slot
-/// type.
-pub(crate) fn store_precision(row: &mut [f32], rotation: Option<&Rotation>, slot: SlotType) -> EncodeCounts {
-    let mut counts = finite(row);
-    if let Some(rotation) = rotation {
-        rotation.apply(row);
-    }
+dispatch! {
+    /// What is done to rows before they are stored: non-finite elements become 0, then each row of `rows` is rotated and
+    /// rounded to the slot type. Adds to `counts`.
+    fn store_precision(rows: &mut [f32], head_dim: usize, rotation: Option<&Rotation>, slot: SlotType, counts: &mut EncodeCounts)
+        = store_precision_body
+}
+
+#[inline(always)]
+fn store_precision_body<const FMA: bool>(
+    rows: &mut [f32],
+    head_dim: usize,
+    rotation: Option<&Rotation>,
+    slot: SlotType,
+    counts: &mut EncodeCounts,
+) {
     let mut saturation = Saturation::default();
-    round_to_slot(row, slot, &mut saturation);
+    for row in rows.chunks_exact_mut(head_dim) {
+        *counts += finite(row);
+        if let Some(rotation) = rotation {
+            rotation.apply(row);
+        }
+        round_to_slot(row, slot, &mut saturation);
+    }
     counts.saturated += saturation.0;
-    counts
+}
+
+dispatch! {
+    /// Encodes a tile, [`TileEncoder::encode`]. Adds to `counts`.
+    fn encode_tile(encoder: &mut TileEncoder, k: &[f32], v: &[f32], record: &mut [u8], counts: &mut EncodeCounts)
+        = encode_tile_body
+}
+
+// No `mul_add` in there: a record does not depend on the instruction set.
+#[inline(always)]
+fn encode_tile_body<const FMA: bool>(
+    encoder: &mut TileEncoder,
+    k: &[f32],
+    v: &[f32],
+    record: &mut [u8],
+    counts: &mut EncodeCounts,
+) {
+    *counts += encoder.encode(k, v, record);
 }
 
 /// Carries out a sequence's plan for one KV head of one layer.
@@ -43,11 +75,11 @@ pub(crate) fn append_head(
         let read = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
             let mut counts = EncodeCounts::default();
             for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
-                for index in 0..count {
-                    let out = &mut out[(offset + index) * head_dim..][..head_dim];
+                let out = &mut out[offset * head_dim..][..count * head_dim];
+                for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
                     tensor.load_row(row + index, head, out);
-                    counts += store_precision(out, rotation, pool.layout().slot_type);
                 }
+                store_precision(out, head_dim, rotation, pool.layout().slot_type, &mut counts);
             }
             counts
         };
@@ -73,7 +105,7 @@ pub(crate) fn append_head(
             // call is the only one of the step for this layer, sequence and head.
             let record =
                 unsafe { std::slice::from_raw_parts_mut(pool.record(layer, seal.page, head), bytes) };
-            counts += encoder_for(encoder, &layer.config).encode(&tile.k, &tile.v, record);
+            encode_tile(encoder_for(encoder, &layer.config), &tile.k, &tile.v, record, &mut counts);
         }
     });
     counts

@@ -5,7 +5,7 @@ use kvarn::codec::{DecodeScratch, EncodeCounts, Rotation, TileEncoder, decode_ma
 use kvarn::pool::PoolError;
 use rayon::prelude::*;
 
-use crate::append::store_precision;
+use crate::append::{encode_tile, store_precision};
 use crate::threads::install;
 use crate::{Error, TensorRef};
 
@@ -47,10 +47,10 @@ pub fn encode_tiles(
         for (tensor, out) in [(&k, &mut *k_tile), (&v, &mut *v_tile)] {
             for (token, row) in out.chunks_exact_mut(head_dim).enumerate() {
                 tensor.load_row(tile, token, row);
-                counts += store_precision(row, rotation.as_ref(), tensor.dtype().slot_type());
             }
+            store_precision(out, head_dim, rotation.as_ref(), tensor.dtype().slot_type(), &mut counts);
         }
-        counts += encoder.encode(k_tile, v_tile, record);
+        encode_tile(encoder, k_tile, v_tile, record, &mut counts);
         counts
     };
     let workspace = || (TileEncoder::new(config), vec![0.0; group * head_dim], vec![0.0; group * head_dim]);

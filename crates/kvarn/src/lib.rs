@@ -24,5 +24,6 @@ pub use config::{Config, ConfigOptions, GROUPS, HEAD_DIMS};
 pub use dtype::DType;
 pub use error::Error;
 pub use half_round::{Saturation, round_to_half};
+pub(crate) use half_round::{saturates, through_half};
 pub use name::{PRESETS, parse_name};
 pub use side::Side;

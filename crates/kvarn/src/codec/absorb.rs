@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::guard::RangeGuard;
-use crate::{Saturation, round_to_half};
+use crate::{Saturation, round_to_half, through_half};
 
 /// Row scale and zero point, column scale: float32, before rounding.
 #[derive(Clone, Debug)]
@@ -29,17 +29,17 @@ impl Parameters {
 }
 
 /// Rounds to half, saturating (counted).
+#[inline(always)]
 pub(super) fn round(values: &[f32], halves: &mut [f16], saturation: &mut Saturation) {
     for (half, &value) in halves.iter_mut().zip(values) {
         *half = round_to_half(value, saturation);
     }
 }
 
-/// Replaces values by what their halves hold.
+/// Replaces values by what their halves hold. What saturates here is counted when the final value is stored.
+#[inline(always)]
 pub(super) fn round_in_place(values: &mut [f32]) {
-    // What saturates here is counted when the final value is stored.
-    let mut uncounted = Saturation::default();
     for value in values {
-        *value = round_to_half(*value, &mut uncounted).to_f32();
+        *value = through_half(*value);
     }
 }

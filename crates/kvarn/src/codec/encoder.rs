@@ -1,12 +1,11 @@
 //! Encoding of one tile.
 
-use half::f16;
-
 use super::absorb::{Parameters, round, round_in_place};
 use super::input::finite_rotated;
+use super::lanes::{LANES, channel_strips, lanes_of, repeat, strip_ranges, turn};
 use super::normalize::Normalizer;
-use super::quantize::{row_codes, row_range};
-use super::refit::{TokenSums, prescale, refit_row};
+use super::quantize::{code_bytes, range_parameters, round_codes};
+use super::refit::{TokenLanes, prescale, refit_rows};
 use crate::record::{EncodedMatrix, RecordLayout};
 use crate::{Config, Saturation, Side};
 
@@ -52,8 +51,11 @@ impl TileEncoder {
     /// Encodes a tile: `k` and `v` rotated, `[group, head_dim]`, already of slot precision. Every byte of `record` is
     /// written.
     ///
+    /// Compiled with the features of the function that calls it; the bytes are the same with all of them.
+    ///
     /// # Panics
     /// If a slice has another length than the configuration says.
+    #[inline(always)]
     pub fn encode(&mut self, k: &[f32], v: &[f32], record: &mut [u8]) -> EncodeCounts {
         let (group, head_dim) = (self.layout.group(), self.layout.head_dim());
         assert_eq!(
@@ -61,32 +63,43 @@ impl TileEncoder {
             (group * head_dim, group * head_dim, self.layout.record_bytes)
         );
         record.fill(0);
-        // K is quantised per channel: its matrix is the transposed tile.
-        for channel in 0..head_dim {
-            for token in 0..group {
-                self.key.m[channel * group + token] = k[token * head_dim + channel];
-            }
-        }
-        self.value.m.copy_from_slice(v);
         let mut counts = EncodeCounts::default();
+        // K is quantised per channel, V per token.
+        channel_strips(k, head_dim, &mut self.key.row_strips);
+        counts += finite_rotated(&mut self.key.row_strips);
+        turn(&self.key.row_strips, group, &mut self.key.column_strips);
+        channel_strips(v, head_dim, &mut self.value.column_strips);
+        counts += finite_rotated(&mut self.value.column_strips);
+        turn(&self.value.column_strips, group, &mut self.value.row_strips);
         for (matrix, layout) in [(&mut self.key, &self.layout.key), (&mut self.value, &self.layout.value)] {
-            counts += matrix.encode(self.refit, self.iterations);
+            counts.saturated += matrix.encode(self.refit, self.iterations).0;
             matrix.encoded.write(layout, record);
         }
         counts
     }
 }
 
-/// Encodes one matrix `m` `[rows, columns]`.
+/// Encodes one matrix m `[rows, columns]`.
 #[derive(Clone, Debug)]
 struct MatrixEncoder {
     side: Side,
     max_code: f32,
-    m: Vec<f32>,
-    /// `m` divided by prescale, column and row scales.
+    /// m divided by the prescale, in row strips.
+    row_strips: Vec<f32>,
+    /// m divided by the prescale, in column strips.
+    column_strips: Vec<f32>,
+    /// A strip of rows, divided by column and row scales.
     balanced: Vec<f32>,
-    /// Codes as float32 integers.
+    /// Its codes as float32 integers.
     codes: Vec<f32>,
+    /// The column scales of each element of a strip.
+    column_scales: Vec<f32>,
+    /// Scales and zero points of each element of a strip.
+    repeated: (Vec<f32>, Vec<f32>),
+    /// What a strip of tokens decodes to.
+    reconstructed: Vec<f32>,
+    /// All codes, in row strips.
+    code_strips: Vec<u8>,
     normalizer: Normalizer,
     parameters: Parameters,
     encoded: EncodedMatrix,
@@ -95,74 +108,98 @@ struct MatrixEncoder {
 impl MatrixEncoder {
     fn new(side: Side, layout: &RecordLayout) -> Self {
         let layout = layout.matrix(side);
-        let elements = vec![0.0; layout.rows * layout.columns];
+        let (elements, strip) = (vec![0.0; layout.rows * layout.columns], vec![0.0; LANES * layout.columns]);
         Self {
             side,
             max_code: f32::from(layout.code_order.bits().max_code()),
-            balanced: elements.clone(),
-            codes: elements.clone(),
-            m: elements,
+            row_strips: elements.clone(),
+            column_strips: elements,
+            balanced: strip.clone(),
+            codes: strip.clone(),
+            column_scales: strip.clone(),
+            repeated: (strip.clone(), strip),
+            reconstructed: vec![0.0; LANES * layout.rows.max(layout.columns)],
+            code_strips: vec![0; layout.rows * layout.columns],
             normalizer: Normalizer::new(layout.rows, layout.columns),
             parameters: Parameters::new(layout.rows, layout.columns),
             encoded: EncodedMatrix::zeros(layout),
         }
     }
 
-    fn encode(&mut self, refit: bool, iterations: usize) -> EncodeCounts {
-        let mut counts = finite_rotated(&mut self.m);
+    /// Encodes what the strips hold.
+    #[inline(always)]
+    fn encode(&mut self, refit: bool, iterations: usize) -> Saturation {
         let mut saturation = Saturation::default();
-        let p = if refit { prescale(&self.m) } else { 1.0 };
-        self.balance(p, iterations);
+        let mut p = 1.0;
+        if refit {
+            p = prescale(&self.row_strips, &self.parameters.column_scale);
+            // Exact: p is a power of two.
+            for strips in [&mut self.row_strips, &mut self.column_strips] {
+                for value in strips {
+                    *value /= p;
+                }
+            }
+        }
+        self.normalizer.run(&self.row_strips, &self.column_strips, iterations);
         self.quantize(refit);
         self.absorb(p);
         self.parameters.guard();
         if refit {
             match self.side {
-                Side::Key => self.unbiased_column_scale(),
-                Side::Value => self.unbiased_row_scale(),
+                Side::Key => self.unbiased_column_scale(p),
+                Side::Value => self.unbiased_row_scale(p),
             }
             self.parameters.guard();
         }
         round(&self.parameters.row_scale, &mut self.encoded.row_scale, &mut saturation);
         round(&self.parameters.row_zero, &mut self.encoded.row_zero, &mut saturation);
         round(&self.parameters.column_scale, &mut self.encoded.column_scale, &mut saturation);
-        for (code, &value) in self.encoded.codes.iter_mut().zip(&self.codes) {
-            *code = value as u8;
-        }
-        counts.saturated += saturation.0;
-        counts
+        saturation
     }
 
-    /// Normalises `m / p`.
-    fn balance(&mut self, p: f32, iterations: usize) {
-        // Exact: p is a power of two.
-        for (balanced, value) in self.balanced.iter_mut().zip(&self.m) {
-            *balanced = value / p;
-        }
-        self.normalizer.run(&self.balanced, iterations);
-        let columns = self.normalizer.column_scale.len();
-        for (row, row_scale) in self.balanced.chunks_exact_mut(columns).zip(&self.normalizer.row_scale) {
-            for (value, column_scale) in row.iter_mut().zip(&self.normalizer.column_scale) {
-                *value = *value / column_scale / row_scale;
-            }
-        }
-    }
-
-    /// Rounds every row; with refit, refits it.
+    /// Rounds every row of the normalised matrix; with refit, refits it.
+    #[inline(always)]
     fn quantize(&mut self, refit: bool) {
-        let columns = self.normalizer.column_scale.len();
-        let rows = self.balanced.chunks_exact(columns).zip(self.codes.chunks_exact_mut(columns));
-        let parameters = self.parameters.row_scale.iter_mut().zip(&mut self.parameters.row_zero);
-        for ((row, codes), (scale, zero)) in rows.zip(parameters) {
-            (*scale, *zero) = row_range(row, self.max_code);
-            row_codes(row, *scale, *zero, self.max_code, codes);
-            if refit {
-                refit_row(row, scale, zero, self.max_code, codes);
+        let Normalizer { row_scale, column_scale, .. } = &self.normalizer;
+        let columns = column_scale.len();
+        for (repeated, scale) in self.column_scales.chunks_exact_mut(LANES).zip(column_scale) {
+            repeated.fill(*scale);
+        }
+        let (balanced, codes) = (&mut self.balanced, &mut self.codes);
+        let strips = self.row_strips.chunks_exact(LANES * columns).zip(row_scale.chunks_exact(LANES));
+        let Parameters { row_scale: scales, row_zero: zeros, .. } = &mut self.parameters;
+        let parameters = scales.chunks_exact_mut(LANES).zip(zeros.chunks_exact_mut(LANES));
+        let bytes = self.code_strips.chunks_exact_mut(LANES * columns);
+        for (index, (((strip, row_scale), parameters), bytes)) in
+            strips.zip(parameters).zip(bytes).enumerate()
+        {
+            let (row_scales, column_scales) = (&mut self.repeated.0, &mut self.column_scales);
+            repeat(&lanes_of(row_scale), row_scales);
+            let elements = balanced.iter_mut().zip(strip).zip(column_scales.iter().zip(row_scales.iter()));
+            for ((balanced, m), (column_scale, row_scale)) in elements {
+                *balanced = m / column_scale / row_scale;
             }
+            let (low, high) = strip_ranges(balanced);
+            let (mut scale, mut zero) = ([0.0; LANES], [0.0; LANES]);
+            for lane in 0..LANES {
+                (scale[lane], zero[lane]) = range_parameters(low[lane], high[lane], self.max_code);
+            }
+            repeat(&scale, &mut self.repeated.0);
+            repeat(&zero, &mut self.repeated.1);
+            round_codes(balanced, &self.repeated.0, &self.repeated.1, self.max_code, codes);
+            if refit {
+                let repeated = &mut self.repeated;
+                refit_rows(balanced, &mut scale, &mut zero, self.max_code, codes, repeated);
+            }
+            parameters.0.copy_from_slice(&scale);
+            parameters.1.copy_from_slice(&zero);
+            code_bytes(codes, bytes);
+            rows_of_strip(bytes, &mut self.encoded.codes[index * LANES * columns..][..LANES * columns]);
         }
     }
 
     /// Absorbs prescale and normalisation scales into the parameters.
+    #[inline(always)]
     fn absorb(&mut self, p: f32) {
         let parameters = self.parameters.row_scale.iter_mut().zip(&mut self.parameters.row_zero);
         for ((scale, zero), row_scale) in parameters.zip(&self.normalizer.row_scale) {
@@ -173,51 +210,67 @@ impl MatrixEncoder {
     }
 
     /// Refit of the K token scales: the row parameters are rounded first, the scale makes up for what that costs.
-    fn unbiased_column_scale(&mut self) {
+    #[inline(always)]
+    fn unbiased_column_scale(&mut self, p: f32) {
         let Parameters { row_scale, row_zero, column_scale } = &mut self.parameters;
         round_in_place(row_scale);
         round_in_place(row_zero);
-        let columns = column_scale.len();
-        let mut sums = vec![TokenSums::default(); columns];
-        let rows = self.m.chunks_exact(columns).zip(self.codes.chunks_exact(columns));
-        for ((m, codes), (scale, zero)) in rows.zip(row_scale.iter().zip(row_zero.iter())) {
-            for ((sums, m), code) in sums.iter_mut().zip(m).zip(codes) {
-                let base = code * scale + zero;
-                sums.mm += m * m;
-                sums.rm += base * m;
-                sums.rr += base * base;
+        let (rows, columns) = (row_scale.len(), column_scale.len());
+        let strips = self.column_strips.chunks_exact(LANES * rows).zip(column_scale.chunks_exact_mut(LANES));
+        for (index, (strip, column_scale)) in strips.enumerate() {
+            let reconstructed = &mut self.reconstructed[..strip.len()];
+            let steps = reconstructed.chunks_exact_mut(LANES).zip(self.encoded.codes.chunks_exact(columns));
+            for ((r, codes), (scale, zero)) in steps.zip(row_scale.iter().zip(row_zero.iter())) {
+                for (r, code) in r.iter_mut().zip(&codes[index * LANES..][..LANES]) {
+                    *r = f32::from(*code) * scale + zero;
+                }
             }
-        }
-        for (scale, sums) in column_scale.iter_mut().zip(sums) {
-            *scale = sums.scale().unwrap_or(*scale);
+            let sums = TokenLanes::of(strip, p, reconstructed);
+            for (lane, scale) in column_scale.iter_mut().enumerate() {
+                *scale = sums.lane(lane).scale().unwrap_or(*scale);
+            }
         }
     }
 
     /// Refit of the V token scales: they are row parameters, multiplied unrounded so that they are rounded once.
-    fn unbiased_row_scale(&mut self) {
+    #[inline(always)]
+    fn unbiased_row_scale(&mut self, p: f32) {
         let Parameters { row_scale, row_zero, column_scale } = &mut self.parameters;
         round_in_place(column_scale);
         let columns = column_scale.len();
-        let rows = self.m.chunks_exact(columns).zip(self.codes.chunks_exact(columns));
-        let half = |value: f32| f16::from_f32(value).to_f32();
-        for ((m, codes), (scale, zero)) in rows.zip(row_scale.iter_mut().zip(row_zero.iter_mut())) {
-            let (stored_scale, stored_zero) = (half(*scale), half(*zero));
-            let mut lanes = [TokenSums::default(); super::lanes::LANES];
-            let chunks = m.chunks_exact(lanes.len()).zip(codes.chunks_exact(lanes.len()));
-            for ((m, codes), column_scale) in chunks.zip(column_scale.chunks_exact(lanes.len())) {
-                for (lane, sums) in lanes.iter_mut().enumerate() {
-                    let value = (codes[lane] * stored_scale + stored_zero) * column_scale[lane];
-                    sums.mm += m[lane] * m[lane];
-                    sums.rm += value * m[lane];
-                    sums.rr += value * value;
+        let strips = self.row_strips.chunks_exact(LANES * columns);
+        let strips = strips.zip(self.code_strips.chunks_exact(LANES * columns));
+        let parameters = row_scale.chunks_exact_mut(LANES).zip(row_zero.chunks_exact_mut(LANES));
+        for ((strip, codes), (scale, zero)) in strips.zip(parameters) {
+            let (mut stored_scale, mut stored_zero) = (lanes_of(scale), lanes_of(zero));
+            round_in_place(&mut stored_scale);
+            round_in_place(&mut stored_zero);
+            let reconstructed = &mut self.reconstructed[..strip.len()];
+            let steps = reconstructed.chunks_exact_mut(LANES).zip(codes.chunks_exact(LANES));
+            for ((r, codes), column_scale) in steps.zip(column_scale.iter()) {
+                for lane in 0..LANES {
+                    r[lane] =
+                        (f32::from(codes[lane]) * stored_scale[lane] + stored_zero[lane]) * column_scale;
                 }
             }
-            let total = |f: fn(&TokenSums) -> f32| lanes.iter().map(f).sum::<f32>();
-            let sums = TokenSums { mm: total(|s| s.mm), rm: total(|s| s.rm), rr: total(|s| s.rr) };
-            if let Some(factor) = sums.scale() {
-                *scale *= factor;
-                *zero *= factor;
+            let sums = TokenLanes::of(strip, p, reconstructed);
+            for lane in 0..LANES {
+                if let Some(factor) = sums.lane(lane).scale() {
+                    scale[lane] *= factor;
+                    zero[lane] *= factor;
+                }
             }
+        }
+    }
+}
+
+/// The rows `[16, columns]` of a strip of rows.
+#[inline(always)]
+fn rows_of_strip(strip: &[u8], rows: &mut [u8]) {
+    let columns = strip.len() / LANES;
+    for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
+        for (code, step) in row.iter_mut().zip(strip.chunks_exact(LANES)) {
+            *code = step[lane];
         }
     }
 }

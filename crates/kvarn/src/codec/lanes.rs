@@ -1,46 +1,120 @@
-//! Reductions with a fixed order, so that results do not depend on how the compiler vectorises.
+//! Strips, and reductions with a fixed order, so that results do not depend on how the compiler vectorises.
+//!
+//! A matrix lies in *strips* of 16 lines: `[lines / 16][length][16]`. A line is a row in row strips and a column in column
+//! strips. What is found for each line then takes no sum over the lanes of a register, and a strip of 128 tokens or
+//! channels stays in the nearest cache. Every size is a multiple of 16.
 
 pub(super) const LANES: usize = 16;
 
-/// Sum of `f(value)` over a slice, in 16 interleaved lanes that are then added pairwise.
-#[inline(always)]
-pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    sum_pairs(values, values, |value, _| f(value))
-}
+/// One value of each lane.
+pub(super) type Lanes = [f32; LANES];
 
-/// Sum of `f(a, b)` over two slices of equal length.
+/// Partial sums along a strip: enough of them to hide the time that an addition takes.
+const PARTS: usize = 4;
+
+/// For each lane the sum of `f(lane, value, of)` along a strip; `of` has a value for each step along it.
 #[inline(always)]
-pub(super) fn sum_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
-        for lane in 0..LANES {
-            lanes[lane] += f(a[lane], b[lane]);
-        }
+pub(super) fn strip_sums(strip: &[f32], of: &[f32], f: impl Fn(usize, f32, f32) -> f32) -> Lanes {
+    let (mut a, mut b, mut c, mut d) = ([0.0; LANES], [0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    for (values, of) in strip.chunks_exact(PARTS * LANES).zip(of.chunks_exact(PARTS)) {
+        // Not a loop: the sums must be known to stay in registers.
+        add(&mut a, &values[..LANES], |lane, value| f(lane, value, of[0]));
+        add(&mut b, &values[LANES..2 * LANES], |lane, value| f(lane, value, of[1]));
+        add(&mut c, &values[2 * LANES..3 * LANES], |lane, value| f(lane, value, of[2]));
+        add(&mut d, &values[3 * LANES..], |lane, value| f(lane, value, of[3]));
     }
-    pairwise(lanes)
+    total(a, b, c, d)
 }
 
-/// Smallest and largest value. Every length here is a multiple of 16.
+/// For each lane the sum of `f(lane, a, b)` along two strips.
 #[inline(always)]
-pub(super) fn min_max(values: &[f32]) -> (f32, f32) {
+pub(super) fn strip_products(a: &[f32], b: &[f32], f: impl Fn(usize, f32, f32) -> f32) -> Lanes {
+    let mut parts = ([0.0; LANES], [0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    for (a, b) in a.chunks_exact(PARTS * LANES).zip(b.chunks_exact(PARTS * LANES)) {
+        add(&mut parts.0, &a[..LANES], |lane, value| f(lane, value, b[lane]));
+        add(&mut parts.1, &a[LANES..2 * LANES], |lane, value| f(lane, value, b[LANES + lane]));
+        add(&mut parts.2, &a[2 * LANES..3 * LANES], |lane, value| f(lane, value, b[2 * LANES + lane]));
+        add(&mut parts.3, &a[3 * LANES..], |lane, value| f(lane, value, b[3 * LANES + lane]));
+    }
+    total(parts.0, parts.1, parts.2, parts.3)
+}
+
+#[inline(always)]
+fn add(sums: &mut Lanes, values: &[f32], f: impl Fn(usize, f32) -> f32) {
+    for lane in 0..LANES {
+        sums[lane] += f(lane, values[lane]);
+    }
+}
+
+#[inline(always)]
+fn total(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> Lanes {
+    let mut sums = [0.0; LANES];
+    for lane in 0..LANES {
+        sums[lane] = (a[lane] + b[lane]) + (c[lane] + d[lane]);
+    }
+    sums
+}
+
+/// A copy of 16 values, which the compiler knows to change with no other slice.
+#[inline(always)]
+pub(super) fn lanes_of(values: &[f32]) -> Lanes {
+    let mut lanes = [0.0; LANES];
+    lanes.copy_from_slice(values);
+    lanes
+}
+
+/// Repeats 16 values all along a strip, so that what is done with them is done on whole slices.
+#[inline(always)]
+pub(super) fn repeat(lanes: &Lanes, strip: &mut [f32]) {
+    for out in strip.chunks_exact_mut(LANES) {
+        out.copy_from_slice(lanes);
+    }
+}
+
+/// Smallest and largest value of each lane of a strip.
+#[inline(always)]
+pub(super) fn strip_ranges(strip: &[f32]) -> (Lanes, Lanes) {
     let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    for values in values.chunks_exact(LANES) {
+    for values in strip.chunks_exact(LANES) {
         for lane in 0..LANES {
             low[lane] = if values[lane] < low[lane] { values[lane] } else { low[lane] };
             high[lane] = if values[lane] > high[lane] { values[lane] } else { high[lane] };
         }
     }
+    (low, high)
+}
+
+/// Smallest and largest value.
+#[inline(always)]
+pub(super) fn min_max(values: &[f32]) -> (f32, f32) {
+    let (low, high) = strip_ranges(values);
     (low.into_iter().fold(f32::INFINITY, f32::min), high.into_iter().fold(f32::NEG_INFINITY, f32::max))
 }
 
+/// Cuts `tile` `[group, head_dim]` into strips of 16 channels, `[head_dim / 16][group][16]`.
 #[inline(always)]
-fn pairwise(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
+pub(super) fn channel_strips(tile: &[f32], head_dim: usize, strips: &mut [f32]) {
+    let group = tile.len() / head_dim;
+    for (index, strip) in strips.chunks_exact_mut(LANES * group).enumerate() {
+        for (out, row) in strip.chunks_exact_mut(LANES).zip(tile.chunks_exact(head_dim)) {
+            out.copy_from_slice(&row[index * LANES..][..LANES]);
         }
-        width /= 2;
     }
-    lanes[0]
+}
+
+/// Turns strips of `length` steps into strips of the other dimension.
+#[inline(always)]
+pub(super) fn turn<T: Copy>(strips: &[T], length: usize, turned: &mut [T]) {
+    const SQUARE: usize = LANES * LANES;
+    let lines = strips.len() / length;
+    for (i, strip) in strips.chunks_exact(LANES * length).enumerate() {
+        for (j, square) in strip.chunks_exact(SQUARE).enumerate() {
+            let out = &mut turned[j * LANES * lines + i * SQUARE..][..SQUARE];
+            for row in 0..LANES {
+                for lane in 0..LANES {
+                    out[row * LANES + lane] = square[lane * LANES + row];
+                }
+            }
+        }
+    }
 }

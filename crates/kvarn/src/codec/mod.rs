@@ -4,6 +4,7 @@
 
 mod absorb;
 mod decode;
+mod elementary;
 mod encoder;
 mod guard;
 mod input;

@@ -4,37 +4,76 @@
 //! accumulation of errors in decoding. Prescale keeps small tiles off the normalisation's lower clip, row refit fits scale
 //! and zero point to the codes by least squares, and the token scale makes `⟨x̂, x⟩ = ⟨x, x⟩` for every token.
 
-use super::lanes;
-use super::quantize::row_codes;
+use super::lanes::{LANES, Lanes, repeat, strip_products, strip_sums};
+use super::quantize::round_codes;
 
 /// Rounds of least squares and new codes.
 const ROUNDS: usize = 4;
 
-/// The power of two by which a matrix is divided first: its std is then in [4, 8). 1 for a constant matrix.
-pub(super) fn prescale(m: &[f32]) -> f32 {
-    let count = m.len() as f32;
-    let mean = lanes::sum(m, |x| x) / count;
-    let std = (lanes::sum(m, |x| (x - mean) * (x - mean)) / (count - 1.0)).sqrt();
+/// The power of two by which a matrix, given in strips, is divided first: its std is then in [4, 8). 1 for a constant
+/// matrix. `line` has as many elements as a strip has steps.
+#[inline(always)]
+pub(super) fn prescale(strips: &[f32], line: &[f32]) -> f32 {
+    let count = strips.len() as f32;
+    let mut mean = 0.0;
+    for strip in strips.chunks_exact(LANES * line.len()) {
+        mean += strip_sums(strip, line, |_, x, _| x).iter().sum::<f32>();
+    }
+    mean /= count;
+    let mut squares = 0.0;
+    for strip in strips.chunks_exact(LANES * line.len()) {
+        squares += strip_sums(strip, line, |_, x, _| (x - mean) * (x - mean)).iter().sum::<f32>();
+    }
+    let std = (squares / (count - 1.0)).sqrt();
     if std > 0.0 && std.is_finite() { std.log2().floor().exp2() / 4.0 } else { 1.0 }
 }
 
-/// Refits one row: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times.
-pub(super) fn refit_row(row: &[f32], scale: &mut f32, zero: &mut f32, max_code: f32, codes: &mut [f32]) {
-    let count = row.len() as f32;
+/// Refits a strip of rows: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times.
+#[inline(always)]
+pub(super) fn refit_rows(
+    strip: &[f32],
+    scale: &mut Lanes,
+    zero: &mut Lanes,
+    max_code: f32,
+    codes: &mut [f32],
+    repeated: &mut (Vec<f32>, Vec<f32>),
+) {
+    let count = (strip.len() / LANES) as f64;
+    let sum_b = products(strip, strip, |_, b| b);
+    let mut fits = [true; LANES];
     for _ in 0..ROUNDS {
-        let code_mean = lanes::sum(codes, |q| q) / count;
-        let mean = lanes::sum(row, |b| b) / count;
-        let variance = lanes::sum(codes, |q| (q - code_mean) * (q - code_mean)) / count;
-        let covariance = lanes::sum_pairs(codes, row, |q, b| (q - code_mean) * (b - mean)) / count;
-        let slope = covariance / variance;
-        // Written so that a NaN leaves the row as it is.
-        if !(variance > 1e-6 && slope > 0.0) {
-            return;
+        let sum_q = products(codes, codes, |_, q| q);
+        let sum_qq = products(codes, codes, |p, q| p * q);
+        let sum_qb = products(codes, strip, |q, b| q * b);
+        for lane in 0..LANES {
+            let code_mean = sum_q[lane] / count;
+            let variance = sum_qq[lane] / count - code_mean * code_mean;
+            let slope = (sum_qb[lane] - code_mean * sum_b[lane]) / count / variance;
+            // Written so that a NaN leaves the row as it is.
+            fits[lane] &= variance > 1e-6 && slope > 0.0;
+            if fits[lane] {
+                scale[lane] = slope as f32;
+                zero[lane] = (sum_b[lane] / count - slope * code_mean) as f32;
+            }
         }
-        *scale = slope;
-        *zero = mean - slope * code_mean;
-        row_codes(row, *scale, *zero, max_code, codes);
+        // A row that was left as it is gets the codes it has.
+        repeat(scale, &mut repeated.0);
+        repeat(zero, &mut repeated.1);
+        round_codes(strip, &repeated.0, &repeated.1, max_code, codes);
     }
+}
+
+/// For each lane the sum of `f(a, b)` along two strips, in float64: there products of codes and values are exact, so that
+/// the fit needs no second pass for the deviations from the means, and its rounding is that of its results.
+#[inline(always)]
+fn products(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> [f64; LANES] {
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
+        for lane in 0..LANES {
+            sums[lane] += f(f64::from(a[lane]), f64::from(b[lane]));
+        }
+    }
+    sums
 }
 
 /// Sums for the unbiased scale of one token: `m` the input, `r` its reconstruction.
@@ -47,8 +86,35 @@ pub(super) struct TokenSums {
 
 impl TokenSums {
     /// `⟨m, m⟩ / ⟨r, m⟩`, or `None` where the reconstruction points elsewhere: `⟨r, m⟩ ≤ |m| |r| / 4`.
+    #[inline(always)]
     pub(super) fn scale(self) -> Option<f32> {
         let scale = self.mm / self.rm;
         (self.rm > 0.25 * self.mm.sqrt() * self.rr.sqrt() && scale.is_finite()).then_some(scale)
+    }
+}
+
+/// [`TokenSums`] of 16 tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TokenLanes {
+    mm: Lanes,
+    rm: Lanes,
+    rr: Lanes,
+}
+
+impl TokenLanes {
+    /// The sums of a strip of tokens: the input divided by `p`, and what it decodes to.
+    #[inline(always)]
+    pub(super) fn of(strip: &[f32], p: f32, reconstructed: &[f32]) -> Self {
+        Self {
+            mm: strip_products(strip, strip, |_, a, b| (a * p) * (b * p)),
+            rm: strip_products(reconstructed, strip, |_, r, m| r * (m * p)),
+            rr: strip_products(reconstructed, reconstructed, |_, a, b| a * b),
+        }
+    }
+
+    /// The sums of one token.
+    #[inline(always)]
+    pub(super) const fn lane(&self, lane: usize) -> TokenSums {
+        TokenSums { mm: self.mm[lane], rm: self.rm[lane], rr: self.rr[lane] }
     }
 }

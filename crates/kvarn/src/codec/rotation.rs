@@ -3,6 +3,12 @@
 //! Symmetric and its own inverse (arXiv 2606.03458, section 3). A head dim that is no power of two is cut greedily into
 //! powers of two: 96 = 64 + 32, 80 = 64 + 16.
 
+use super::lanes::LANES;
+use crate::HEAD_DIMS;
+
+/// Elements of the largest block.
+const LARGEST: usize = *HEAD_DIMS.end();
+
 /// The rotation of one head dim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rotation {
@@ -12,7 +18,11 @@ pub struct Rotation {
 
 impl Rotation {
     /// The rotation for heads of `head_dim` channels.
+    ///
+    /// # Panics
+    /// If `head_dim` is no multiple of 16.
     pub fn new(head_dim: usize) -> Self {
+        assert!(head_dim.is_multiple_of(LANES), "head dim {head_dim}: expected a multiple of {LANES}");
         let bits = (0..usize::BITS).rev().map(|bit| 1 << bit);
         Self { blocks: bits.filter(|block| head_dim & block != 0).collect() }
     }
@@ -24,7 +34,7 @@ impl Rotation {
     ///
     /// # Panics
     /// If `vector` is shorter than the head dim.
-    #[inline]
+    #[inline(always)]
     pub fn apply(&self, vector: &mut [f32]) {
         let mut rest = vector;
         for &block in &self.blocks {
@@ -39,9 +49,12 @@ impl Rotation {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn butterflies(part: &mut [f32]) {
-    let mut stride = 1;
+    for stride in [1, 2, 4, 8] {
+        short_butterflies(part, stride);
+    }
+    let mut stride = LANES;
     while stride < part.len() {
         for pair in part.chunks_exact_mut(2 * stride) {
             let (low, high) = pair.split_at_mut(stride);
@@ -50,6 +63,18 @@ fn butterflies(part: &mut [f32]) {
             }
         }
         stride *= 2;
+    }
+}
+
+/// Butterflies shorter than a vector register: every element's neighbours are read at both distances, one of which counts.
+#[inline(always)]
+fn short_butterflies(part: &mut [f32], stride: usize) {
+    let mut padded = [0.0; LARGEST + 2 * LANES];
+    padded[LANES..LANES + part.len()].copy_from_slice(part);
+    let below = &padded[LANES - stride..][..part.len()];
+    let above = &padded[LANES + stride..][..part.len()];
+    for (index, ((value, below), above)) in part.iter_mut().zip(below).zip(above).enumerate() {
+        *value = if index & stride == 0 { *value + above } else { below - *value };
     }
 }
 

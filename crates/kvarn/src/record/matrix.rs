@@ -34,6 +34,7 @@ impl EncodedMatrix {
     ///
     /// # Panics
     /// If `record` is shorter than a record or the matrix has another shape than `layout`.
+    #[inline(always)]
     pub fn write(&self, layout: &MatrixLayout, record: &mut [u8]) {
         pack_codes(layout.code_order, &self.codes, &mut record[layout.codes.clone()]);
         write_halves(&self.row_scale, layout.row_order(), &mut record[layout.row_scale.clone()]);
@@ -53,6 +54,7 @@ impl EncodedMatrix {
     }
 }
 
+#[inline(always)]
 fn write_halves(values: &[f16], order: ParameterOrder, bytes: &mut [u8]) {
     for (index, value) in values.iter().enumerate() {
         let at = order.byte(index);

@@ -10,20 +10,43 @@ use crate::Bits;
 /// One word of each lane, `[c][g]`.
 type LaneWords = [[u32; 8]; 4];
 
+/// Four fragments take as many words as a code has bits.
+const FRAGMENTS: usize = 4;
+
 /// Packs `codes` `[rows, columns]` (one per byte, each at most `2^bits - 1`) into `packed`, which is overwritten.
 ///
 /// # Panics
 /// If a slice is shorter than the matrix.
+#[inline(always)]
 pub fn pack_codes(order: CodeOrder, codes: &[u8], packed: &mut [u8]) {
-    packed[..128 * order.words()].fill(0);
-    for fragment in 0..order.fragments() {
-        for (class, extraction) in QUADRANTS {
-            let values = gather(order, fragment, class, extraction, codes);
-            let bits = order.bits();
-            for (from, word, to, width) in pieces(bits, fragment, class, extraction) {
-                let mask = ((1 << width) - 1) * 0x0001_0001;
-                add_words(order, packed, word, |c, g| (values[c][g] >> from & mask) << to);
+    match order.bits() {
+        Bits::Two => pack::<2>(order, Bits::Two, codes, packed),
+        Bits::Three => pack::<3>(order, Bits::Three, codes, packed),
+        Bits::Four => pack::<4>(order, Bits::Four, codes, packed),
+        Bits::Eight => pack::<8>(order, Bits::Eight, codes, packed),
+    }
+}
+
+/// [`pack_codes`] for one width, so that shifts and masks are constants.
+#[inline(always)]
+fn pack<const WORDS: usize>(order: CodeOrder, bits: Bits, codes: &[u8], packed: &mut [u8]) {
+    for block in 0..order.fragments() / FRAGMENTS {
+        let mut words: [LaneWords; WORDS] = [[[0; 8]; 4]; WORDS];
+        for part in 0..FRAGMENTS {
+            for (class, extraction) in QUADRANTS {
+                let values = gather(order, block * FRAGMENTS + part, class, extraction, codes);
+                for (from, word, to, width) in pieces(bits, part, class, extraction) {
+                    let mask = ((1 << width) - 1) * 0x0001_0001;
+                    for c in 0..4 {
+                        for g in 0..8 {
+                            words[word][c][g] |= (values[c][g] >> from & mask) << to;
+                        }
+                    }
+                }
             }
+        }
+        for (word, values) in words.iter().enumerate() {
+            write_words(order, packed, block * WORDS + word, values);
         }
     }
 }
@@ -131,12 +154,12 @@ fn read_words(order: CodeOrder, packed: &[u8], word: usize) -> LaneWords {
 }
 
 #[inline(always)]
-fn add_words(order: CodeOrder, packed: &mut [u8], word: usize, value: impl Fn(usize, usize) -> u32) {
+fn write_words(order: CodeOrder, packed: &mut [u8], word: usize, values: &LaneWords) {
+    let (first, stride) = (order.word_byte(0, word), order.word_byte(1, word) - order.word_byte(0, word));
+    let packed = &mut packed[first..=first + 31 * stride + 3];
     for g in 0..8 {
         for c in 0..4 {
-            let at = order.word_byte(4 * g + c, word);
-            let old = u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]]);
-            packed[at..at + 4].copy_from_slice(&(old | value(c, g)).to_le_bytes());
+            packed[(4 * g + c) * stride..][..4].copy_from_slice(&values[c][g].to_le_bytes());
         }
     }
 }
