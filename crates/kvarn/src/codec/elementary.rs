@@ -90,9 +90,12 @@ mod tests {
             (0..1_000_000).map(|i| f32::from_bits(1e-3f32.to_bits() + 167 * i)).filter(|&x| x <= 1e3);
         assert!(wrong(arguments, ln, f64::ln) <= 20);
         assert_eq!(ln(1.0), 0.0);
-        let edges =
-            [1e-3, 1e3, 0.707_106_77, 0.707_106_8, 1.414_213_5, 1.414_213_7, 0.999_999_94, 1.000_000_1];
-        assert_eq!(wrong(edges.into_iter(), ln, f64::ln), 0);
+        // On both sides of where the exponent changes, and of 1.
+        for center in [std::f32::consts::FRAC_1_SQRT_2, 1.0, std::f32::consts::SQRT_2] {
+            let edges = [center.next_down(), center, center.next_up()];
+            assert_eq!(wrong(edges.into_iter(), ln, f64::ln), 0);
+        }
+        assert_eq!(wrong([1e-3, 1e3].into_iter(), ln, f64::ln), 0);
         assert_eq!(wrong([2f32.powi(-60), 2f32.powi(60)].into_iter(), ln, f64::ln), 0);
     }
 }
