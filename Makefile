@@ -21,7 +21,7 @@ PYTHON_DIRS := $(wildcard python tests benches examples)
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates cuda -type f \( -name '*.rs' -o -name Cargo.toml -o -name '*.cu*' \))
 COUNTS := target/test-counts
 
-.PHONY: help demo test build lint format test-rust test-python wheel constraints clean
+.PHONY: help demo test bench build lint format test-rust test-python wheel constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ demo: build  ## set up, then compare a 16-bit cache with KVarN on a long prompt 
 		"What do we know about Ines Marlow, her bees and her boat?"
 
 test: lint test-rust test-python  ## set up, then formatters, linters, types, stubs, Rust and Python tests
+
+bench: build  ## set up, then measure on this CPU; writes docs/performance.md (a quarter of an hour on 2 cores)
+	@status=0; for name in attention encode generate; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python benches/cpu_$$name.py --out benches/cpu_$$name.json || status=1; \
+	done; exit $$status
+	$(BIN)/python benches/cpu_table.py --out docs/performance.md
 
 build: $(VENV)/.built  ## the virtual environment with kvarn built in release mode
 

@@ -127,7 +127,7 @@ def main():
         "4096 tokens on",
     )
     arguments = arguments.parse_args()
-    report = Report(arguments, "attend.py")
+    report = Report(arguments, "gpu/attend.py")
     kvarn.warmup()
     stream = torch.cuda.Stream()
     replays = 10 if arguments.small else REPLAYS

@@ -120,7 +120,7 @@ def expand_row(report, preset, head_dim, stream, *, tokens, repeats):
 
 def main():
     arguments = parser(__doc__).parse_args()
-    report = Report(arguments, "codec.py")
+    report = Report(arguments, "gpu/codec.py")
     kvarn.warmup()
     stream = torch.cuda.Stream()
     small = arguments.small

@@ -15,11 +15,10 @@ import sys
 import time
 
 import torch
-from kvarn import KVarNCache
+from caches import TINY, States, make_cache, make_model
 from kvarn.eval.memory import cache_bytes
 from report import Report, parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -31,108 +30,11 @@ LLAMA_3_8B = {
     "head_dim": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-TINY = {
-    "vocab_size": 199,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}
-CHUNK = 4096
 WARM_STEPS = 4
-
-
-def make_model(shape, longest, dtype, device):
-    """A Llama with random weights, made where it runs."""
-    config = LlamaConfig(**shape, max_position_embeddings=longest, eos_token_id=None, pad_token_id=0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
-
-
-class States:
-    """Random keys and values, the same for every cache.
-
-    Args:
-        model: gives shapes, type and device.
-        batch: sequences.
-        context: tokens of each.
-    """
-
-    def __init__(self, model, batch, context):
-        config = model.config
-        self.layers, self.context = config.num_hidden_layers, context
-        self._shape = batch, config.num_key_value_heads, config.head_dim
-        self._dtype, self._device = model.dtype, model.device
-
-    def chunk(self, layer, first):
-        """K and V [batch, kv_heads, tokens, head_dim] of a layer from token `first`, up to CHUNK tokens."""
-        batch, heads, head_dim = self._shape
-        count = min(CHUNK, self.context - first)
-        generator = torch.Generator(self._device).manual_seed(1000003 * layer + first)
-        return torch.randn(
-            2, batch, heads, count, head_dim, generator=generator, dtype=self._dtype, device=self._device
-        )
-
-    def whole(self, layer):
-        """K and V of a layer, all tokens."""
-        batch, heads, head_dim = self._shape
-        out = torch.empty(2, batch, heads, self.context, head_dim, dtype=self._dtype, device=self._device)
-        for first in range(0, self.context, CHUNK):
-            out[:, :, :, first : first + CHUNK] = self.chunk(layer, first)
-        return out
-
-
 CACHES = ["dynamic", "dynamic-flash", "static", "kvarn"]
 # torch's cuDNN backend prepares itself anew for every length that it has not seen: at every step of a cache
 # that grows.
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def fill_dense(cache, states):
-    """Give a DynamicCache or a StaticCache its tokens."""
-    for layer in range(states.layers):
-        cache.update(*states.whole(layer), layer)
-
-
-def fill_kvarn(cache, states):
-    """Give a KVarNCache its tokens, as forward passes of a chunk would.
-
-    The model must use "kvarn": then `update` returns handles, whose forward pass takes the tokens without
-    attention.
-    """
-    for first in range(0, states.context, CHUNK):
-        for layer in range(states.layers):
-            keys, _ = cache.update(*states.chunk(layer, first), layer)
-            forward = keys.source.forward
-            forward.plan(None)
-            forward.append(layer, *(forward.pack(x) for x in (keys.source.k, keys.source.v)))
-        # Asking for the length finishes the pass.
-        held, expected = cache.get_seq_length(), min(first + CHUNK, states.context)
-        if held != expected:
-            raise RuntimeError(f"cache of {held} tokens: expected {expected} after the chunk")
-
-
-def make_cache(name, model, states, steps, preset, **options):
-    """A filled cache; sets the model's attention to what goes with it."""
-    longest = states.context + steps
-    model.set_attn_implementation("kvarn" if name == "kvarn" else "sdpa")
-    if name == "kvarn":
-        cache = KVarNCache(model.config, preset, max_tokens=longest, **options)
-        fill_kvarn(cache, states)
-    else:
-        static = name == "static"
-        cache = StaticCache(config=model.config, max_cache_len=longest) if static else None
-        cache = cache or DynamicCache(config=model.config)
-        fill_dense(cache, states)
-    return cache
 
 
 def decode(model, cache, tokens):
@@ -225,7 +127,7 @@ def main():
     arguments.add_argument("--preset", default="kvarn_k4v2_g128")
     arguments.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
     arguments = arguments.parse_args()
-    report = Report(arguments, "generate.py")
+    report = Report(arguments, "gpu/generate.py")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = arguments.small
     contexts, batches = ([700], [1, 2]) if small else (arguments.contexts, arguments.batches)

@@ -139,7 +139,7 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--presets", nargs="+", default=["kvarn_k4v2_g128"])
     arguments = arguments.parse_args()
-    report = Report(arguments, "layer.py")
+    report = Report(arguments, "gpu/layer.py")
     kvarn.warmup()
     stream = torch.cuda.Stream()
     small = arguments.small

@@ -29,20 +29,27 @@ class Report:
 
     The file is written after every row, so that a run that is cut short leaves what it has. `missing` holds
     what could not be measured, and why; `failed` what should have been measured and broke.
+
+    Args:
+        arguments: what the parser found.
+        script: the script's path below benches.
+        device: its name; by default torch's for the GPU.
+        facts: more to note of the run.
     """
 
-    def __init__(self, arguments, script):
+    def __init__(self, arguments, script, device=None, **facts):
         self._path = arguments.out
         self._began = time.perf_counter()
         self.rows = []
         self.missing = {}
         self.failed = {}
         self.head = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": device or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
             "commit": arguments.commit or _commit(),
             "command": command(script, sys.argv[1:]),
             "kvarn": kvarn.__version__,
             "torch": torch.__version__,
+            **facts,
         }
         print(
             f"kvarn {kvarn.__version__} {self.head['commit'][:10]}, torch {torch.__version__}, "
@@ -87,11 +94,14 @@ class Report:
         )
         return int(bool(self.failed) or not self.rows)
 
+    def values(self):
+        """What the file holds."""
+        return self.head | {"rows": self.rows, "missing": self.missing, "failed": self.failed}
+
     def _write(self):
         if self._path:
             with open(self._path, "w", encoding="utf-8") as file:
-                values = self.head | {"rows": self.rows, "missing": self.missing, "failed": self.failed}
-                json.dump(values, file, indent=1)
+                json.dump(self.values(), file, indent=1)
                 file.write("\n")
 
 
@@ -105,7 +115,7 @@ def command(script, options):
             skip = True
         elif not option.startswith(("--out=", "--commit=")):
             kept.append(option)
-    return shlex.join(["python", f"benches/gpu/{script}", *kept])
+    return shlex.join(["python", f"benches/{script}", *kept])
 
 
 def _commit():

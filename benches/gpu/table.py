@@ -11,6 +11,7 @@ import re
 import sys
 
 from goals import GOALS, bounds, short
+from markdown import distinct, grid
 
 HERE = pathlib.Path(__file__).parent
 GOALS_DEVICE = "h200"
@@ -25,13 +26,6 @@ def read(folder, device):
     }
 
 
-def grid(header, rows, *, text=1):
-    """A Markdown table: the first `text` columns left, the others, figures, right."""
-    lines = [header, ["---:" if index >= text else "---" for index in range(len(header))], *rows]
-    cells = [[str(cell).strip().replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
 def first_column(row):
     return f"{row['context']} × {row['batch']}"
 
@@ -43,10 +37,6 @@ def layout(row):
 
 def peer_column(peer):
     return "sdpa, fastest backend" if peer.startswith("sdpa ") else peer
-
-
-def distinct(values):
-    return list(dict.fromkeys(values))
 
 
 def attend(run):

@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches" / "gpu"))
 
-from generate import LLAMA_3_8B, make_model
+from caches import make_model
+from generate import LLAMA_3_8B
 
 
 def compile_anew(model, **options):

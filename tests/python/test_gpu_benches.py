@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches" / "gpu"))
 
+import caches
 import generate
 import plot
 import shapes
@@ -45,21 +46,21 @@ def test_a_zipf_batch_is_split_evenly_without_loss():
 
 def test_the_noted_command_has_no_paths():
     options = ["--set", "main", "--out", "/tmp/a", "--commit=abc", "--out=b", "--small"]
-    assert command("attend.py", options) == "python benches/gpu/attend.py --set main --small"
+    assert command("gpu/attend.py", options) == "python benches/gpu/attend.py --set main --small"
 
 
 @pytest.mark.parametrize("name", ["static", "kvarn"])
 def test_caches_of_the_generation_bench_hold_the_same_tokens(name, monkeypatch):
-    monkeypatch.setattr(generate, "CHUNK", 150)
+    monkeypatch.setattr(caches, "CHUNK", 150)
     torch.manual_seed(0)
-    model = generate.make_model(generate.TINY, 512, torch.float32, "cpu")
-    states = generate.States(model, 2, 400)
+    model = caches.make_model(caches.TINY, 512, torch.float32, "cpu")
+    states = caches.States(model, 2, 400)
     tokens = torch.randint(1, 199, (3, 2))
     # Everything recent: nothing is quantised, and the logits are those of a dense cache.
     options = {"recent_tokens": 512} if name == "kvarn" else {}
     preset = "kvarn_k4v2_g128"
-    plain = generate.decode(model, generate.make_cache("dynamic", model, states, 3, preset), tokens)[2]
-    cache = generate.make_cache(name, model, states, 3, preset, **options)
+    plain = generate.decode(model, caches.make_cache("dynamic", model, states, 3, preset), tokens)[2]
+    cache = caches.make_cache(name, model, states, 3, preset, **options)
     logits = generate.decode(model, cache, tokens)[2]
     assert float((logits - plain).norm() / plain.norm()) < 1e-4
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from reference import distance, reference
 from shapes import Shape
 from timing import cold_copies, graph_time
 
@@ -78,23 +79,9 @@ class Peer:
         raise NotImplementedError
 
 
-def reference(q, k, v):
-    """Causal attention in float64: the queries are the newest tokens."""
-    q, k, v = (x.double() for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    queries, keys = scores.shape[-2:]
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-
-
 def error(prepared: Prepared) -> float:
     """Distance of a peer's first output from float64 over its norm; NaN counts as infinity."""
-    out = prepared.order(prepared.calls[0]()).double()
-    expected = reference(prepared.q, *prepared.dense())
-    distance = float((out - expected).norm() / expected.norm())
-    return distance if distance == distance else float("inf")
+    return distance(prepared.order(prepared.calls[0]()), reference(prepared.q, *prepared.dense()))
 
 
 class Peers:
@@ -142,13 +129,13 @@ class Peers:
         if key not in self._checked:
             # What breaks once is not tried again: compilers take their time to fail.
             self._checked[key] = False
-            distance = error(peer.prepare(DenseMemory(small)))
+            found = error(peer.prepare(DenseMemory(small)))
             torch.cuda.synchronize()
-            self._checked[key] = distance <= TOLERANCE
-            if distance > TOLERANCE:
-                self._report.miss(peer.name, f"{small}: error {distance:.1e} against float64")
+            self._checked[key] = found <= TOLERANCE
+            if found > TOLERANCE:
+                self._report.miss(peer.name, f"{small}: error {found:.1e} against float64")
             else:
-                print(f"checked: {peer.name}, {small}: error {distance:.1e} against float64", flush=True)
+                print(f"checked: {peer.name}, {small}: error {found:.1e} against float64", flush=True)
         return self._checked[key]
 
 

@@ -1,23 +1,71 @@
-//! What the processor can do.
+//! What the processor can do, and what of it is used.
 
-/// SIMD extensions found at run time that this backend uses.
-pub fn cpu_features() -> Vec<&'static str> {
-    let mut found = Vec::new();
-    #[cfg(target_arch = "x86_64")]
-    {
-        for (name, present) in [
-            ("avx512f", is_x86_feature_detected!("avx512f")),
-            ("avx2", is_x86_feature_detected!("avx2")),
-            ("fma", is_x86_feature_detected!("fma")),
-        ] {
-            if present {
-                found.push(name);
-            }
+/// Instruction sets that this backend is compiled for, each with all before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2, FMA, F16C.
+    Avx2,
+    /// AVX-512 F, VL, BW, DQ.
+    Avx512,
+    /// AVX-512 with VNNI.
+    Avx512Vnni,
+}
+
+impl Level {
+    pub(crate) const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
         }
     }
-    #[cfg(target_arch = "aarch64")]
-    found.push("neon");
-    found
+
+    /// The highest that this processor has.
+    pub(crate) fn found() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq");
+            match (avx2, avx512, is_x86_feature_detected!("avx512vnni")) {
+                (true, true, true) => Self::Avx512Vnni,
+                (true, true, false) => Self::Avx512,
+                (true, false, _) => Self::Avx2,
+                _ => Self::Portable,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        Self::Portable
+    }
+}
+
+/// Instruction sets that this backend is compiled for, the smallest first.
+pub fn instruction_sets() -> [&'static str; 4] {
+    Level::ALL.map(Level::name)
+}
+
+/// The instruction set in use: the largest that the processor has, of those up to the one that `KVARN_CPU` names.
+pub fn instruction_set() -> &'static str {
+    level().name()
+}
+
+/// See [`instruction_set`]; decided once per process.
+pub(crate) fn level() -> Level {
+    static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let wanted = std::env::var("KVARN_CPU").unwrap_or_default();
+        let most = Level::ALL.into_iter().find(|level| level.name() == wanted);
+        most.map_or_else(Level::found, |most| most.min(Level::found()))
+    })
 }
 
 /// Compiles `$body` for AVX-512, for AVX2 with FMA, and for the target's baseline, and calls the best one.
@@ -39,10 +87,10 @@ macro_rules! dispatch {
                 }
                 match crate::features::level() {
                     // SAFETY: the features were found on this processor.
-                    crate::features::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    crate::features::Level::Avx512 | crate::features::Level::Avx512Vnni => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     crate::features::Level::Avx2 => return unsafe { avx2($($arg),*) },
-                    crate::features::Level::Baseline => {}
+                    crate::features::Level::Portable => {}
                 }
             }
             $body::<false>($($arg),*);
@@ -50,34 +98,6 @@ macro_rules! dispatch {
     };
 }
 pub(crate) use dispatch;
-
-/// The best instruction set that this processor has.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Level {
-    Avx512,
-    Avx2,
-    Baseline,
-}
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn level() -> Level {
-    static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq");
-        match (avx2, avx512) {
-            (true, true) => Level::Avx512,
-            (true, false) => Level::Avx2,
-            _ => Level::Baseline,
-        }
-    })
-}
 
 /// `a · b + c`: fused where that is one instruction.
 #[inline(always)]

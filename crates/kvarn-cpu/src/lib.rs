@@ -19,7 +19,7 @@ mod tiles;
 mod truncate;
 
 pub use error::Error;
-pub use features::cpu_features;
+pub use features::{instruction_set, instruction_sets};
 pub use images::SavedSequence;
 pub use memory::{HostMemory, MemoryView};
 pub use pool::Pool;

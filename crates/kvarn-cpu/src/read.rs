@@ -26,6 +26,16 @@ pub(crate) enum Want {
     Values,
 }
 
+/// The bytes of a record.
+///
+/// # Safety
+/// A sequence that is being read holds the page: then nobody writes it meanwhile, as only the step that took it from the free
+/// ones does.
+pub(crate) unsafe fn record<'a>(pool: &'a Pool, layer: &Layer, page: usize, head: usize) -> &'a [u8] {
+    // SAFETY: `Pool::record` points to that many bytes of the pool's mapping; the rest is the caller's promise.
+    unsafe { std::slice::from_raw_parts(pool.record(layer, page, head), layer.layout.record_bytes) }
+}
+
 impl TileBuffer {
     /// Reads the spans of one tile. Positions outside the spans are 0.
     pub(crate) fn read(&mut self, pool: &Pool, layer: &Layer, head: usize, spans: &[Span], want: Want) {
@@ -39,10 +49,8 @@ impl TileBuffer {
         // A partly sealed sink tile has two spans: the page gives the whole tile, the slot then replaces its sinks.
         for span in spans {
             if let Place::Page(page) = span.place {
-                let bytes = layer.layout.record_bytes;
-                // SAFETY: `record` points to that many bytes of the pool's mapping. Nobody writes the page meanwhile: it
-                // is referenced by the sequence being read, and only the step that took it from the free ones writes it.
-                let record = unsafe { std::slice::from_raw_parts(pool.record(layer, page, head), bytes) };
+                // SAFETY: the sequence, which is being read, holds the page.
+                let record = unsafe { record(pool, layer, page, head) };
                 let layout = match want {
                     Want::Keys => &layer.layout.key,
                     Want::Values => &layer.layout.value,

@@ -124,11 +124,12 @@ fn checked_step(
                     let size = norm(&mut expected.iter().copied());
                     let error = norm(&mut result.iter().zip(&expected).map(|(a, b)| f64::from(*a) - b));
                     assert!(
-                        error <= 2e-5 * size + 1e-6,
+                        // Products with records are of integers: see `attend::integer`.
+                        error <= 1e-3 * size + 1e-6,
                         "{counts:?} row {row} head {head}: {error} of {size}"
                     );
                     if let Some(lse) = lse {
-                        let close = (f64::from(lse) - expected_lse).abs() < 1e-4;
+                        let close = (f64::from(lse) - expected_lse).abs() < 1e-3;
                         assert!(close || f64::from(lse) == expected_lse, "{lse} {expected_lse}");
                     }
                 }

@@ -44,10 +44,10 @@ mod _kvarn {
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 
-    /// SIMD extensions of this processor that the CPU backend uses.
+    /// The instruction set that the CPU backend uses, and all that there are, the smallest first.
     #[pyfunction]
-    fn cpu_features() -> Vec<&'static str> {
-        kvarn_cpu::cpu_features()
+    fn instruction_set() -> (&'static str, [&'static str; 4]) {
+        (kvarn_cpu::instruction_set(), kvarn_cpu::instruction_sets())
     }
 
     /// Threads of the CPU backend.

@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
         versions.add_row(name, value or "not installed")
     machine = table("Machine", "what", "value")
     machine.add_row("platform", found["platform"])
-    machine.add_row("CPU features", ", ".join(found["cpu_features"]) or "none used")
+    machine.add_row(
+        "instruction set", f"{found['instruction_set']} (KVARN_CPU: {', '.join(found['instruction_sets'])})"
+    )
     machine.add_row(
         "threads", f"{found['threads']['pool']} used by kvarn, {found['threads']['logical']} cores"
     )
@@ -56,10 +58,12 @@ def report() -> dict[str, Any]:
     versions: dict[str, str | None] = {"kvarn": kvarn.__version__, "python": platform.python_version()}
     versions |= {name: _installed(name) for name in PACKAGES}
     driver = cuda_driver_version()
+    used, known = _kvarn.instruction_set()
     return {
         "versions": versions,
         "platform": platform.platform(),
-        "cpu_features": list(_kvarn.cpu_features()),
+        "instruction_set": used,
+        "instruction_sets": known,
         "threads": {"pool": _kvarn.threads(), "logical": os.cpu_count()},
         "cuda_driver": driver,
         "usable": _usable(versions, driver),

@@ -3,14 +3,15 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use kvarn::tables::Span;
+use kvarn::tables::{Place, Span};
 
-use super::Source;
 use super::block::QueryBlock;
 use super::partial::Partial;
 use super::product::{Matrix, MatrixMut, multiply_add};
 use super::softmax::{softcap, softmax};
-use crate::read::{TileBuffer, Want};
+use super::{Source, integer};
+use crate::features::level;
+use crate::read::{TileBuffer, Want, record};
 
 /// Tokens of a leaf: 4 tiles of 128, or 8 of 64.
 pub(super) const LEAF_TOKENS: usize = 512;
@@ -18,6 +19,7 @@ pub(super) const LEAF_TOKENS: usize = 512;
 #[derive(Default)]
 struct Scratch {
     tile: TileBuffer,
+    integer: integer::Scratch,
     /// Logits, then probabilities: `[columns, LEAF_TOKENS]`.
     weights: Vec<f32>,
 }
@@ -45,13 +47,14 @@ impl Leaf<'_> {
         scratch.weights.clear();
         scratch.weights.resize(columns * LEAF_TOKENS, 0.0);
         for (at, tile) in self.tiles() {
+            let q = Matrix { values: &self.block.q, stride: head_dim };
+            let mut logits = MatrixMut { values: &mut scratch.weights[at..], stride: LEAF_TOKENS };
+            if self.multiply_record(tile, Want::Keys, q, &mut logits, &mut scratch.integer) {
+                continue;
+            }
             scratch.tile.read(self.source.pool, self.source.layer, self.source.head, tile, Want::Keys);
-            multiply_add(
-                Matrix { values: &self.block.q, stride: head_dim },
-                Matrix { values: &scratch.tile.values, stride: group },
-                &mut MatrixMut { values: &mut scratch.weights[at..], stride: LEAF_TOKENS },
-                [columns, group, head_dim],
-            );
+            let keys = Matrix { values: &scratch.tile.values, stride: group };
+            multiply_add(q, keys, &mut logits, [columns, group, head_dim]);
         }
         for (column, weights) in scratch.weights.chunks_exact_mut(LEAF_TOKENS).enumerate() {
             let seen = self.seen(column);
@@ -61,15 +64,40 @@ impl Leaf<'_> {
             (partial.max[column], partial.sum[column]) = softmax(weights, seen);
         }
         for (at, tile) in self.tiles() {
+            let weights = Matrix { values: &scratch.weights[at..], stride: LEAF_TOKENS };
+            let mut out = MatrixMut { values: &mut partial.out, stride: head_dim };
+            if self.multiply_record(tile, Want::Values, weights, &mut out, &mut scratch.integer) {
+                continue;
+            }
             scratch.tile.read(self.source.pool, self.source.layer, self.source.head, tile, Want::Values);
-            multiply_add(
-                Matrix { values: &scratch.weights[at..], stride: LEAF_TOKENS },
-                Matrix { values: &scratch.tile.values, stride: head_dim },
-                &mut MatrixMut { values: &mut partial.out, stride: head_dim },
-                [columns, head_dim, group],
-            );
+            let values = Matrix { values: &scratch.tile.values, stride: head_dim };
+            multiply_add(weights, values, &mut out, [columns, head_dim, group]);
         }
         partial
+    }
+
+    /// `out += x · matrix` with a matrix of a tile that is a record and nothing else, in integers; false if that is not
+    /// possible, and nothing is done.
+    fn multiply_record(
+        &self,
+        tile: &[Span],
+        want: Want,
+        x: Matrix<'_>,
+        out: &mut MatrixMut<'_>,
+        scratch: &mut integer::Scratch,
+    ) -> bool {
+        let [Span { place: Place::Page(page), .. }] = *tile else { return false };
+        let (pool, layer, columns) = (self.source.pool, self.source.layer, self.block.columns());
+        let layout = match want {
+            Want::Keys => &layer.layout.key,
+            Want::Values => &layer.layout.value,
+        };
+        if !integer::serves(layout, columns) {
+            return false;
+        }
+        // SAFETY: this sequence, which is being read, holds the page.
+        let record = unsafe { record(pool, layer, page, self.source.head) };
+        integer::multiply(level(), layout, record, x, out, columns, scratch)
     }
 
     /// The leaf's tiles that some query sees: offset of the first token in the leaf, and spans.

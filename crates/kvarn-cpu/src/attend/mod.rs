@@ -5,6 +5,7 @@
 //! what changes, the order of the merges never does: results do not depend on the number of threads or on the batch.
 
 mod block;
+mod integer;
 mod leaf;
 mod partial;
 mod product;

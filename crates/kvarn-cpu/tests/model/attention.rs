@@ -8,9 +8,9 @@ use crate::floats::Floats;
 use crate::open_step::OpenStep;
 use crate::world::World;
 
-/// Norm of the error over that of the result. The contract allows 2e-3; this backend computes in float32, and a bound as
-/// near as this one notices a single wrong token among a thousand.
-const TOLERANCE: f64 = 5e-5;
+/// Norm of the error over that of the result. The contract allows 2e-3; a bound as near as this one notices a single wrong
+/// token among some hundreds.
+const TOLERANCE: f64 = 8e-4;
 
 /// What a float32 sum may lose, relative to the sizes of its vectors. An error of a logit is one of the result.
 const LOGIT_ERROR: f64 = 4e-7;
@@ -69,7 +69,8 @@ impl World {
             let logit_error = LOGIT_ERROR * scale * square(&query).sqrt() * longest_key;
             assert!(
                 error <= (TOLERANCE + 2.0 * logit_error) * size,
-                "attention of layer {layer}, head {head}, position {position}, {options:?}: error {error} of {size}"
+                "attention of layer {layer}, head {head}, position {position}, {options:?}: error {error} of {size}, of a logit \
+                 {logit_error}"
             );
             let lse = f64::from(lse[row * heads + head]);
             assert!(
