@@ -42,8 +42,9 @@ pub(super) fn refit_rows(
     let sum_b = products(strip, strip, |_, b| b);
     let mut fits = [true; LANES];
     for _ in 0..ROUNDS {
-        let sum_q = products(codes, codes, |_, q| q);
-        let sum_qq = products(codes, codes, |p, q| p * q);
+        // Exact in float32: at most 256 squares of 255, below 2^24.
+        let sum_q = strip_products(codes, codes, |_, _, q| q).map(f64::from);
+        let sum_qq = strip_products(codes, codes, |_, p, q| p * q).map(f64::from);
         let sum_qb = products(codes, strip, |q, b| q * b);
         for lane in 0..LANES {
             let code_mean = sum_q[lane] / count;
