@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvarn._capacity import Capacity, capacity
 from kvarn._device import warmup
 from kvarn._kvarn import __version__
+from kvarn._model_config import CachedLayers, cached_layers
 from kvarn.codec import (
     Config,
     EncodeCounts,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CachedLayers",
     "Capacity",
     "CapacityError",
     "CapturedDecoder",
@@ -76,6 +78,7 @@ __all__ = [
     "Step",
     "TensorError",
     "__version__",
+    "cached_layers",
     "capacity",
     "decode",
     "encode",

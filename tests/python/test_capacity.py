@@ -56,6 +56,17 @@ def test_figures_of_a_llama_worked_out_by_hand():
     assert fits.tokens_per_sequence == (fits.pages // 4 + 2) * 128 - 1
 
 
+def test_layers_of_a_model():
+    transformers = pytest.importorskip("transformers", reason="makes a config of transformers")
+    model = transformers.LlamaConfig(
+        num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=32, hidden_size=256
+    )
+    for given in (model, model.to_dict()):
+        layers = kvarn.cached_layers(given).full
+        assert layers == (LayerShape(2, 32),) * 3
+        assert capacity(config(), 10**6, layers=layers) == capacity(config(), 10**6, layers=3, kv_heads=2)
+
+
 def test_held_tokens_need_slots():
     plain, held = (capacity(config(), 10**6, layers=1, kv_heads=1, hold=hold) for hold in (1, 2))
     assert held.slots == plain.slots + 2

@@ -4,10 +4,10 @@ import json
 
 import kvarn
 import pytest
-from kvarn import LayerShape
+from kvarn import LayerShape, cached_layers
+from kvarn._model_config import read_model_config
 from kvarn.cli import main
 from kvarn.cli.estimate import parse_size
-from kvarn.cli.model_config import cached_layers, read_model_config
 from kvarn.errors import ConfigError, ShapeError
 
 LLAMA = {

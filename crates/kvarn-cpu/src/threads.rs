@@ -38,8 +38,9 @@ pub(crate) fn install<R: Send>(work: impl FnOnce() -> R + Send) -> R {
         }
     };
     match pool {
-        Some(pool) if pool.current_num_threads() > 1 => pool.install(work),
-        // No threads to be had, or one: the caller's will do.
-        _ => work(),
+        // Also where it is one thread: rayon's calls would otherwise use a pool of its own, of all cores.
+        Some(pool) => pool.install(work),
+        // No threads to be had: the caller's will do.
+        None => work(),
     }
 }

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import kvarn
+from kvarn._model_config import CachedLayers, read_model_config
 from kvarn.cli.console import print_json, results, table
-from kvarn.cli.model_config import CachedLayers, read_model_config
 from kvarn.errors import ConfigError, ShapeError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

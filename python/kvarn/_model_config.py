@@ -1,17 +1,17 @@
-"""The cached layers of a model, read from its config.json: neither transformers nor weights are needed."""
+"""The cached layers of a model, by its config: neither transformers nor weights are needed."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn import LayerShape
+from kvarn._layers import LayerShape
 from kvarn.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class CachedLayers:
-    """What a model caches.
+    """What a model caches; made by `cached_layers`.
 
     Attributes:
         name: type of the model.
@@ -50,8 +50,16 @@ def read_model_config(path: Path) -> CachedLayers:
     return cached_layers(config)
 
 
-def cached_layers(config: dict[str, Any]) -> CachedLayers:
-    """The cached layers that a configuration of transformers describes; of several models the decoder's."""
+def cached_layers(config: Any) -> CachedLayers:
+    """The layers that a model caches; of several models in one those of the decoder.
+
+    Args:
+        config: A transformers config, or what a ``config.json`` holds, as a dict.
+
+    Raises:
+        ConfigError: A number is missing, or the cache is not K and V by heads.
+    """
+    config = config if isinstance(config, dict) else config.to_dict()
     text = next((config[key] for key in ("text_config", "decoder", "llm_config") if key in config), config)
     name = str(text.get("model_type") or config.get("model_type") or "model")
     if "kv_lora_rank" in text:
