@@ -42,9 +42,24 @@ pub(crate) unsafe fn load(dtype: DType, data: *const u8, out: &mut [f32]) {
 /// `data` points to `values.len()` writable elements of type `dtype` that nobody else uses meanwhile.
 #[allow(clippy::cast_ptr_alignment)] // as in `load`
 pub(crate) unsafe fn store(dtype: DType, values: &[f32], data: *mut u8) {
-    // SAFETY: the caller vouches for the memory; writes assume no alignment.
+    // SAFETY: the caller vouches for the memory; slices are only made of aligned elements, other writes assume no alignment.
     unsafe {
         match dtype {
+            DType::Float16 if data.cast::<f16>().is_aligned() => {
+                let out = std::slice::from_raw_parts_mut(data.cast::<f16>(), values.len());
+                let mut limited = [0.0; 64];
+                for (values, out) in values.chunks(64).zip(out.chunks_mut(64)) {
+                    let limited = &mut limited[..values.len()];
+                    for (limited, value) in limited.iter_mut().zip(values) {
+                        *limited = value.clamp(-65504.0, 65504.0);
+                    }
+                    out.convert_from_f32_slice(limited);
+                }
+            }
+            DType::BFloat16 if data.cast::<bf16>().is_aligned() => {
+                let out = std::slice::from_raw_parts_mut(data.cast::<bf16>(), values.len());
+                out.convert_from_f32_slice(values);
+            }
             DType::Float16 => {
                 for (index, &value) in values.iter().enumerate() {
                     let value = f16::from_f32(value.clamp(-65504.0, 65504.0));
