@@ -19,7 +19,7 @@ import time
 
 import torch
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
 # Those that take longest first.
 SCRIPTS = (
     "check_transformers.py",
@@ -74,7 +74,8 @@ def run(command, limit, tool=None):
         text, status = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
         text, status = (error.stdout or b"").decode(), f"not done after {limit} s"
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Tracebacks name files from the root of the project on, wherever that lies.
+    lines = [line.replace(f"{HERE.parents[1]}/", "") for line in text.splitlines() if line.strip()]
     counted = [line for line in lines if re.search(r"\d+ failed", line)]
     return {
         "command": label(command, tool),
