@@ -68,6 +68,21 @@ pub(crate) struct AttendKey {
     pub most_parts: usize,
 }
 
+impl AttendKey {
+    /// Of one query token that sees everything, with room for all partial results.
+    pub(crate) const fn of_one_token(kv_heads: usize, group: usize) -> Self {
+        Self {
+            appended: true,
+            kv_heads,
+            group,
+            query_tokens: 1,
+            window: usize::MAX,
+            most_tokens: usize::MAX,
+            most_parts: usize::MAX,
+        }
+    }
+}
+
 /// Arrays of an attention, int32.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct AttendPlan {

@@ -33,15 +33,7 @@ pub fn most_workspace_bytes(
 ) -> usize {
     let most_columns = if head_dim == 256 { 8 } else { 16 };
     let block = |group| {
-        let key = AttendKey {
-            appended: true,
-            kv_heads,
-            group,
-            query_tokens: 1,
-            window: usize::MAX,
-            most_tokens: usize::MAX,
-            most_parts: usize::MAX,
-        };
+        let key = AttendKey::of_one_token(kv_heads, group);
         most_record_items(rule.tiles(tokens), rule.group(), key) + most_slots(rule, hold)
     };
     // Few columns make small partial results, hence many of them, each with a counter.

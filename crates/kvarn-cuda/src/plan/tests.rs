@@ -330,15 +330,7 @@ fn longer_sequences_and_more_heads_have_larger_items() {
         (64, 1, 16, [16, 16, 16, 16, 32]),
         (128, 8, 16, [8, 8, 16, 12, 21]),
     ] {
-        let key = AttendKey {
-            appended: true,
-            kv_heads,
-            group,
-            query_tokens: 1,
-            window: usize::MAX,
-            most_tokens: usize::MAX,
-            most_parts: usize::MAX,
-        };
+        let key = AttendKey::of_one_token(kv_heads, group);
         let found = [4_096, 16_384, 49_152, 98_304, 98_305].map(|tokens| item_tiles(tokens, tile, key));
         assert_eq!(found, sizes, "{tile} {kv_heads} {group}");
     }
@@ -347,15 +339,7 @@ fn longer_sequences_and_more_heads_have_larger_items() {
 #[test]
 fn no_length_has_more_record_items_than_the_most() {
     for (tile, kv_heads, group) in [(128, 8, 4), (64, 8, 16), (128, 4, 1), (64, 1, 8), (128, 1, 16)] {
-        let key = AttendKey {
-            appended: true,
-            kv_heads,
-            group,
-            query_tokens: 1,
-            window: usize::MAX,
-            most_tokens: usize::MAX,
-            most_parts: usize::MAX,
-        };
+        let key = AttendKey::of_one_token(kv_heads, group);
         let mut most = 0;
         for tiles in 1..3_000_usize {
             most = most.max(tiles.div_ceil(item_tiles(tiles * tile, tile, key)));
