@@ -1,7 +1,7 @@
 """Models with random weights, and caches that all hold the same random keys and values."""
 
 import torch
-from kvarn import KVarNCache
+from kvarn import KVarNCache, KVarNStaticCache
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 TINY = {
@@ -87,15 +87,25 @@ def fill_kvarn(cache, states):
             raise RuntimeError(f"cache of {held} tokens: expected {expected} after the chunk")
 
 
-def make_cache(name, model, states, steps, preset, **options):
-    """A filled cache; sets the model's attention to what goes with it."""
+def make_cache(kind, model, states, steps, preset, **options):
+    """A filled cache; sets the model's attention to what goes with it.
+
+    Args:
+        kind: dynamic, static, kvarn or kvarn-static.
+        model: its model.
+        states: what the cache is filled with.
+        steps: tokens that it must have room for behind them.
+        preset: of kvarn.
+        **options: of kvarn's caches.
+    """
     longest = states.context + steps
-    model.set_attn_implementation("kvarn" if name == "kvarn" else "sdpa")
-    if name == "kvarn":
-        cache = KVarNCache(model.config, preset, max_tokens=longest, **options)
+    kvarn = {"kvarn": KVarNCache, "kvarn-static": KVarNStaticCache}.get(kind)
+    model.set_attn_implementation("kvarn" if kvarn else "sdpa")
+    if kvarn:
+        cache = kvarn(model.config, preset, max_tokens=longest, **options)
         fill_kvarn(cache, states)
     else:
-        static = name == "static"
+        static = kind == "static"
         cache = StaticCache(config=model.config, max_cache_len=longest) if static else None
         cache = cache or DynamicCache(config=model.config)
         fill_dense(cache, states)

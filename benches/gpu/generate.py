@@ -2,10 +2,12 @@
 
 A transformers Llama of the shape of Llama-3-8B with random weights, decoding one token at a time for every
 sequence: tokens per second with KVarNCache under "kvarn", with DynamicCache under "sdpa" (which copies its
-tensors at every step, as it does for every user) and with StaticCache under "sdpa" (which does not). All
-caches are given the same random keys and values, without running a prompt through the model, and decode the
-same tokens. Medians of steps on the clock of the host, each waited for; `host` is how long the host was busy
-with a step before it waited: where it is nearly the whole step, Python is what is measured, not the cache.
+tensors at every step, as it does for every user) and with StaticCache under "sdpa" (which does not). The
+last can be replayed from a CUDA graph, as KVarNStaticCache can by CapturedDecoder; a DynamicCache cannot.
+All caches are given the same random keys and values, without running a prompt through the model, and decode
+the same tokens. Medians of steps on the clock of the host, each waited for; `host` is how long the host was
+busy with a step before it waited: where it is nearly the whole step, Python is what is measured, not the
+cache.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import torch
 from caches import TINY, States, make_cache, make_model
 from kvarn.eval.memory import cache_bytes
 from report import Report, parser
+from steps import CapturedStatic, captured, eager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LLAMA_3_8B = {
@@ -31,14 +34,22 @@ LLAMA_3_8B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
 WARM_STEPS = 4
-CACHES = ["dynamic", "dynamic-flash", "static", "kvarn"]
+# Kind of the cache, and what runs a step. The peers come first, so that kvarn's rows can name the ratios.
+CACHES = {
+    "dynamic": ("dynamic", eager),
+    "dynamic-flash": ("dynamic", eager),
+    "static": ("static", eager),
+    "static-graph": ("static", CapturedStatic),
+    "kvarn": ("kvarn", eager),
+    "kvarn-graph": ("kvarn-static", captured),
+}
 # torch's cuDNN backend prepares itself anew for every length that it has not seen: at every step of a cache
 # that grows.
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def decode(model, cache, tokens):
-    """Feed tokens [steps, batch] one by one.
+def decode(step, tokens):
+    """Feed tokens [steps, batch] one by one to a step of `steps`.
 
     Returns:
         Seconds of each step, seconds that the host was busy in each, and the logits of the first.
@@ -46,12 +57,12 @@ def decode(model, cache, tokens):
     whole, host, logits = [], [], None
     with torch.no_grad():
         for ids in tokens:
-            synchronize(model.device)
+            synchronize(ids.device)
             start = time.perf_counter()
-            out = model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
+            out = step(ids[:, None])
             out[:, -1].argmax(-1)
             host.append(time.perf_counter() - start)
-            synchronize(model.device)
+            synchronize(ids.device)
             whole.append(time.perf_counter() - start)
             if logits is None:
                 logits = out[:, -1].float()
@@ -74,7 +85,8 @@ def cache_row(report, name, model, batch, context, steps, preset, dense):
     cuda = model.device.type == "cuda"
     began = time.perf_counter()
     states = States(model, batch, context)
-    cache = make_cache(name, model, states, steps + WARM_STEPS, preset)
+    kind, stepper = CACHES[name]
+    cache = make_cache(kind, model, states, steps + WARM_STEPS, preset)
     synchronize(model.device)
     filled_s = time.perf_counter() - began
     if cuda:
@@ -83,13 +95,13 @@ def cache_row(report, name, model, batch, context, steps, preset, dense):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, model.config.vocab_size, (steps + WARM_STEPS, batch), generator=generator)
     with sdpa_kernel(WITHOUT_CUDNN) if name == "dynamic-flash" else contextlib.nullcontext():
-        whole, host, logits = decode(model, cache, tokens.to(model.device))
+        whole, host, logits = decode(stepper(model, cache), tokens.to(model.device))
     step_s, host_s = (statistics.median(times[WARM_STEPS:]) for times in (whole, host))
     speed = batch / step_s
     peak = (torch.cuda.max_memory_allocated() if cuda else 0) + pool_bytes(cache)
     held = cache_bytes(cache).total
     values = {}
-    if name != "kvarn":
+    if not kind.startswith("kvarn"):
         dense[name] = speed, logits
     else:
         if cache.materializations:
@@ -105,7 +117,7 @@ def cache_row(report, name, model, batch, context, steps, preset, dense):
         f"{held / 1e9:.2f} GB, peak {peak / 1e9:.1f} GB, filled in {filled_s:.1f} s"
         + (f"; {beside}" if beside else ""),
         cache=name,
-        preset=preset if name == "kvarn" else None,
+        preset=preset if kind.startswith("kvarn") else None,
         context=context,
         batch=batch,
         tokens_per_s=speed,
@@ -122,7 +134,7 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    arguments.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
+    arguments.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     arguments.add_argument("--steps", type=int, default=24)
     arguments.add_argument("--preset", default="kvarn_k4v2_g128")
     arguments.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
@@ -139,8 +151,10 @@ def main():
     for context in contexts:
         for batch in batches:
             dense = {}
-            # The peers come first, so that the row of kvarn can name the ratios.
-            for name in sorted(arguments.caches, key=CACHES.index):
+            for name in (name for name in CACHES if name in arguments.caches):
+                if name.endswith("-graph") and device == "cpu":
+                    report.miss(name, "CPUs have no CUDA graphs")
+                    continue
                 with report.part(f"{context} tokens, batch {batch}, {name}"):
                     try:
                         cache_row(

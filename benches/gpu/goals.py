@@ -152,29 +152,34 @@ def _rest():
             unit=" µs",
         )
     dynamic = (("dynamic", "DynamicCache"), ("dynamic-flash", "DynamicCache without cuDNN"))
-    for peer, name in dynamic:
-        yield Goal(
-            f"generation at 131072 tokens × 4 sequences, × {name}",
-            "generate",
-            lambda row, peer=peer: (
-                _times(row, peer) if (row["context"], row["batch"]) == (131072, 4) else None
-            ),
-            1.5,
-            unit=" ×",
-        )
-    for peer, name in (*dynamic, ("static", "StaticCache")):
-        yield Goal(
-            f"generation, every shape, × {name}",
-            "generate",
-            lambda row, peer=peer: _times(row, peer),
-            1.0,
-            every=True,
-            unit=" ×",
-        )
+    graph = (("static-graph", "StaticCache by a CUDA graph"),)
+    for cache, how, peers in (
+        ("kvarn", "generation", (*dynamic, ("static", "StaticCache"))),
+        ("kvarn-graph", "generation by a CUDA graph", (*dynamic, *graph)),
+    ):
+        for peer, name in dynamic:
+            yield Goal(
+                f"{how} at 131072 tokens × 4 sequences, × {name}",
+                "generate",
+                lambda row, cache=cache, peer=peer: (
+                    _times(row, cache, peer) if (row["context"], row["batch"]) == (131072, 4) else None
+                ),
+                1.5,
+                unit=" ×",
+            )
+        for peer, name in peers:
+            yield Goal(
+                f"{how}, every shape, × {name}",
+                "generate",
+                lambda row, cache=cache, peer=peer: _times(row, cache, peer),
+                1.0,
+                every=True,
+                unit=" ×",
+            )
 
 
-def _times(row, peer):
-    return row.get("times", {}).get(peer)
+def _times(row, cache, peer):
+    return row.get("times", {}).get(peer) if row["cache"] == cache else None
 
 
 GOALS = (*_attention(), *_codec(), *_rest())

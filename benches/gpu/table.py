@@ -171,46 +171,52 @@ def layer(run):
 
 
 def generate(run):
-    """Tokens per second of every cache, and how they compare."""
+    """Tokens per second of every cache, then how those of kvarn compare with the others."""
     shapes = {}
     for row in run["rows"]:
         shapes.setdefault(first_column(row), {})[row["cache"]] = row
     caches = distinct(row["cache"] for row in run["rows"])
-    others = [cache for cache in caches if cache != "kvarn"]
+    ours = distinct(row["cache"] for row in run["rows"] if row["preset"])
+    others = [cache for cache in caches if cache not in ours]
 
-    def cell(row):
+    def speed(row):
         if row is None:
             return "–"
         size = f"{row['cache_bytes'] / 1e9:.2f} GB"
         return f"{row['tokens_per_s']:.1f} · {row['step_ms']:.1f} ({row['host_ms']:.1f}) ms · {size}"
 
-    def of_kvarn(by_cache, field, other):
-        value = by_cache.get("kvarn", {}).get(field, {}).get(other)
+    def beside(row, field, other):
+        value = (row or {}).get(field, {}).get(other)
         return "–" if value is None else f"{value:.2f}"
 
-    lines = [
+    speeds = [[at, *(speed(by_cache.get(cache)) for cache in caches)] for at, by_cache in shapes.items()]
+    ratios = [
         [
             at,
-            *(cell(by_cache.get(cache)) for cache in caches),
-            *(of_kvarn(by_cache, "times", other) for other in others),
-            of_kvarn(by_cache, "logits_distance", "dynamic"),
+            cache,
+            *(beside(by_cache.get(cache), "times", other) for other in others),
+            beside(by_cache.get(cache), "logits_distance", "dynamic"),
         ]
         for at, by_cache in shapes.items()
+        for cache in ours
     ]
     presets = ", ".join(distinct(short(row["preset"]) for row in run["rows"] if row["preset"]))
     explained = (
         f"Tokens per second · step (host) · bytes of the cache; kvarn holds {presets}. dynamic-flash: "
-        "DynamicCache with torch's cuDNN backend off, which prepares itself anew for every length. Distance: "
-        "of the first step's logits from those of dynamic, relative; weights, keys and values are random, so "
-        "that it says nothing of a trained model."
+        "DynamicCache with torch's cuDNN backend off, which prepares itself anew for every length. -graph: "
+        "steps replayed from a CUDA graph, StaticCache and KVarNStaticCache."
     )
-    header = [
-        "context × batch",
-        *caches,
-        *(f"kvarn × {other}" for other in others),
-        "distance",
+    compared = (
+        "Tokens per second of kvarn over those of the others. Distance: of the first step's logits from "
+        "those of dynamic, relative; weights, keys and values are random, so that it says nothing of a "
+        "trained model."
+    )
+    return [
+        explained,
+        grid(["context × batch", *caches], speeds),
+        compared,
+        grid(["context × batch", "cache", *(f"× {other}" for other in others), "distance"], ratios),
     ]
-    return [explained, grid(header, lines)]
 
 
 def check(run):
