@@ -10,9 +10,11 @@ import sys
 
 import torch
 
-from peers.peer import DenseMemory, Peer, Prepared
+from peers.peer import DenseMemory, Peer, Prepared, UnsupportedShapeError
 
 PAGE = 16
+# Its decode kernels run with other head dims, but what merges their parts does not, and reads past the end.
+HEAD_DIMS = 64, 128, 256
 WORKSPACE_BYTES = 512 << 20
 
 
@@ -31,6 +33,8 @@ class FlashInferPeer(Peer):
     def prepare(self, memory: DenseMemory) -> Prepared:
         flashinfer = _import()
         s = memory.shape
+        if s.head_dim not in HEAD_DIMS:
+            raise UnsupportedShapeError(f"head dim {s.head_dim}: expected one of {HEAD_DIMS}")
         pages_each = -(-s.tokens // PAGE)
         # Caches are cut into pages as they lie; all of them are full.
         assert s.tokens % PAGE == 0
