@@ -7,8 +7,9 @@ import torch
 
 # Several times the last-level cache that two threads have of a present CPU.
 COLD_BYTES = 256 << 20
-# Longer than threads of torch's OpenMP look for more work before they sleep.
-PAUSE_S = 0.02
+# Longer than threads of torch's OpenMP look for more work before they sleep, but no longer: woken from a long
+# sleep, two threads may share one core of a virtual machine for a whole call.
+PAUSE_S = 0.008
 # A call that would take longer in all its timed runs gets fewer of them, but LEAST_RUNS.
 BUDGET_S, LEAST_RUNS = 2.0, 2
 

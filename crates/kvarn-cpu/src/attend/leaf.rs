@@ -92,7 +92,7 @@ impl Leaf<'_> {
             Want::Keys => &layer.layout.key,
             Want::Values => &layer.layout.value,
         };
-        if !integer::serves(layout, columns) {
+        if !integer::serves(layout) {
             return false;
         }
         // SAFETY: this sequence, which is being read, holds the page.

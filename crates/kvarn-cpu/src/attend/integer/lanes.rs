@@ -1,114 +1,88 @@
-//! Sixteen 32-bit lanes: what the integer products need of a processor, and a plain implementation.
+//! Sixteen lanes of 32 bits: what the integer products need of a processor.
 //!
-//! All implementations give the same integers.
+//! All implementations give the same integers and the same floats: there is no fused arithmetic, and sums of floats have one
+//! order. *Quarter* c of sixteen lanes are lanes 4 c to 4 c + 3.
 
-/// Sixteen lanes of 32 bits, four bytes each.
+/// Sixteen integers of 32 bits, or sixty-four bytes.
 pub(super) trait Lanes: Copy {
+    type Floats: Floats<Integers = Self>;
+
     /// Lanes that are all `value`.
     fn splat(value: u32) -> Self;
 
-    /// 64 bytes.
     fn load(bytes: &[u8; 64]) -> Self;
 
-    /// Lane i: the four bytes from `4 · order[i]` on.
-    #[inline(always)]
-    fn permuted(bytes: &[u8; 64], order: &[u32; 16]) -> Self {
-        let mut lanes = [0; 64];
-        for (lane, &from) in lanes.chunks_exact_mut(4).zip(order) {
-            lane.copy_from_slice(&bytes[4 * from as usize..][..4]);
-        }
-        Self::load(&lanes)
-    }
+    fn store(self, bytes: &mut [u8; 64]);
+
+    /// Lane 4 c + t is dword c of 16 bytes.
+    fn spread(bytes: &[u8; 16]) -> Self;
 
     fn and(self, other: Self) -> Self;
 
     fn or(self, other: Self) -> Self;
 
-    fn shift_right<const N: u32>(self) -> Self;
+    /// Shifted by `count` bits: to the left, or to the right where it is negative.
+    fn shifted(self, count: i32) -> Self;
 
-    fn shift_left<const N: u32>(self) -> Self;
+    /// In each quarter: lane i of vector j becomes lane j of vector i.
+    fn transposed(vectors: [Self; 4]) -> [Self; 4];
 
     /// Adds to each lane of `self` the products of four codes (unsigned bytes, below 64 unless `WIDE`) and four factors
-    /// (signed bytes, above -128).
+    /// (signed bytes).
     fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self;
 
     fn add(self, other: Self) -> Self;
 
-    /// Each lane times `factor`.
-    fn times(self, factor: u32) -> Self;
+    /// Lane 4 i + t: the sum of lanes t of the quarters of vector i.
+    fn quarter_sums(vectors: [Self; 4]) -> Self;
 
-    /// `out[i]`: the sum of the lanes of `vectors[i]`.
-    fn sums(vectors: &[Self; 16], out: &mut [i32; 16]);
+    /// The sum of all lanes.
+    fn sum(self) -> i32;
 
-    /// Element w: the sum of lanes w, w + 4, w + 8 and w + 12.
-    fn quarter_sums(self) -> [i32; 4];
+    /// The lowest byte of each lane.
+    fn bytes(self) -> [u8; 16];
+
+    /// As signed integers.
+    fn floats(self) -> Self::Floats;
 }
 
-/// Any processor.
-#[derive(Clone, Copy)]
-pub(super) struct Plain([u32; 16]);
+/// Sixteen float32.
+pub(super) trait Floats: Copy {
+    type Integers: Lanes<Floats = Self>;
 
-impl Lanes for Plain {
-    #[inline(always)]
-    fn splat(value: u32) -> Self {
-        Self([value; 16])
-    }
+    fn splat(value: f32) -> Self;
 
-    #[inline(always)]
-    fn load(bytes: &[u8; 64]) -> Self {
-        Self(std::array::from_fn(|lane| {
-            u32::from_le_bytes(std::array::from_fn(|byte| bytes[4 * lane + byte]))
-        }))
-    }
+    fn load(values: &[f32; 16]) -> Self;
 
-    #[inline(always)]
-    fn and(self, other: Self) -> Self {
-        Self(std::array::from_fn(|lane| self.0[lane] & other.0[lane]))
-    }
+    fn store(self, values: &mut [f32; 16]);
 
-    #[inline(always)]
-    fn or(self, other: Self) -> Self {
-        Self(std::array::from_fn(|lane| self.0[lane] | other.0[lane]))
-    }
+    /// Of sixteen finite halves, four to a quarter.
+    fn of_halves(quarters: [u64; 4]) -> Self;
 
-    #[inline(always)]
-    fn shift_right<const N: u32>(self) -> Self {
-        Self(self.0.map(|lane| lane >> N))
-    }
+    fn add(self, other: Self) -> Self;
 
-    #[inline(always)]
-    fn shift_left<const N: u32>(self) -> Self {
-        Self(self.0.map(|lane| lane << N))
-    }
+    fn sub(self, other: Self) -> Self;
 
-    #[inline(always)]
-    fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self {
-        Self(std::array::from_fn(|lane| {
-            let (codes, factors) = (codes.0[lane].to_le_bytes(), factors.0[lane].to_le_bytes());
-            let product = |byte: usize| i32::from(codes[byte]) * i32::from(factors[byte] as i8);
-            self.0[lane].wrapping_add((product(0) + product(1) + product(2) + product(3)) as u32)
-        }))
-    }
+    fn mul(self, other: Self) -> Self;
 
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Self(std::array::from_fn(|lane| self.0[lane].wrapping_add(other.0[lane])))
-    }
+    /// The larger of the two sizes; any of the two where one is NaN.
+    fn larger_size(self, other: Self) -> Self;
 
-    #[inline(always)]
-    fn times(self, factor: u32) -> Self {
-        Self(self.0.map(|lane| lane.wrapping_mul(factor)))
-    }
+    /// In each quarter: lanes 0, 2, 1, 3.
+    fn swapped(self) -> Self;
 
-    #[inline(always)]
-    fn sums(vectors: &[Self; 16], out: &mut [i32; 16]) {
-        for (vector, out) in vectors.iter().zip(out) {
-            *out = vector.0.iter().fold(0, |sum, &lane| sum.wrapping_add(lane as i32));
-        }
-    }
+    /// Lanes 0, 8, 1, 9 and so on.
+    fn interleaved(self) -> Self;
 
-    #[inline(always)]
-    fn quarter_sums(self) -> [i32; 4] {
-        std::array::from_fn(|w| (0..4).map(|c| self.0[4 * c + w] as i32).sum())
-    }
+    /// The inverse: lanes 0, 2, 4 … 14, then 1, 3 … 15.
+    fn deinterleaved(self) -> Self;
+
+    /// The sum of all lanes: each step adds the upper half to the lower.
+    fn sum(self) -> f32;
+
+    /// The largest lane.
+    fn largest(self) -> f32;
+
+    /// The nearest integers, ties to even, of numbers below 2^22 in size.
+    fn nearest(self) -> Self::Integers;
 }

@@ -6,52 +6,44 @@
 //! at most a 2^-16 of the largest.
 
 mod factors;
-mod keys;
 mod lanes;
-mod values;
+mod parameters;
+mod plain;
+mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use kvarn::record::MatrixLayout;
 use kvarn::{Bits, Side};
 
-use factors::{Factors, Parameters};
-use keys::sum_keys;
-use lanes::{Lanes, Plain};
-use values::sum_values;
+use factors::{Factors, HIGH};
+use lanes::{Floats, Lanes};
+use parameters::Parameters;
+use plain::Plain;
+use unpack::{FRAGMENT, unpack, words_at_once};
 
 use super::product::{Matrix, MatrixMut};
 use crate::features::Level;
 
-/// From so many query columns on it is cheaper to decode a tile once.
-const MOST_COLUMNS: usize = 32;
-
 /// Error of a logit (base 2, standard deviation) above which the rounding of factors is made good by a second product: where
 /// one channel is much larger than the others, or a token of the tile than those that are seen.
 const LOGIT_ERROR: f32 = 3e-4;
+
+/// Columns of a product that share a reading of codes: sums of twice as many, in four vectors each, fill the registers.
+const TOGETHER: usize = 2;
 
 /// Working memory.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     parameters: Parameters,
     factors: Vec<Factors>,
-    sums: Vec<Vec<i32>>,
+    codes: Vec<u8>,
+    vectors: Vec<[u8; 64]>,
 }
 
-/// Whether a product with this matrix of a record, for so many columns, is done here.
-pub(super) fn serves(layout: &MatrixLayout, columns: usize) -> bool {
-    let order = layout.code_order;
-    let head_dim = if order.side() == Side::Key { layout.rows } else { layout.columns };
-    // Words of a lane in a slice of 16 tokens, which lie four by four.
-    let words = head_dim / 16 * order.bits().get() / 4;
-    let whole = match order.side() {
-        Side::Key => words.is_multiple_of(4) && head_dim.is_power_of_two(),
-        Side::Value => words.is_multiple_of(4) || words == 2,
-    };
-    columns <= MOST_COLUMNS
-        && order.bits() != Bits::Three
-        && whole
-        && (head_dim / 16 * order.bits().get()).is_multiple_of(4)
+/// Whether a product with this matrix of a record is done here.
+pub(super) fn serves(layout: &MatrixLayout) -> bool {
+    layout.code_order.words().is_multiple_of(words_at_once(layout.code_order.bits().get()))
 }
 
 /// `out += x · matrix`, where `serves`; `x` `[columns, rows]`, `out` `[columns, matrix columns]`. False, and nothing done, if
@@ -106,61 +98,88 @@ fn multiply_with<L: Lanes>(
     columns: usize,
     scratch: &mut Scratch,
 ) -> bool {
-    let Scratch { parameters, factors, sums } = scratch;
+    let Scratch { parameters, factors, codes, vectors } = scratch;
     let middle = 1 << (layout.code_order.bits().get() - 1);
-    parameters.read(layout, record);
+    parameters.read::<L::Floats>(layout, record, middle as f32);
     factors.resize_with(factors.len().max(columns), Factors::default);
-    sums.resize_with(sums.len().max(columns), Vec::new);
-    let (factors, sums) = (&mut factors[..columns], &mut sums[..columns]);
+    let factors = &mut factors[..columns];
+    let mut largest = 0.0_f32;
     for (column, factors) in factors.iter_mut().enumerate() {
-        if !factors.make(&x.values[column * x.stride..][..layout.rows], parameters, middle as f32) {
+        if !factors.make::<L::Floats>(&x.values[column * x.stride..][..layout.rows], parameters) {
             return false;
         }
+        largest = largest.max(factors.unit);
     }
-    for sums in &mut *sums {
-        sums.resize(layout.columns, 0);
-    }
-    let largest = factors.iter().map(|factors| factors.unit).fold(0.0, f32::max);
-    let largest_scale = parameters.column_scale.iter().fold(0.0, |most: f32, scale| most.max(scale.abs()));
+    codes.resize(layout.rows * layout.columns, 0);
+    unpack::<L>(layout, &record[layout.codes.clone()], codes);
     // Factors are off by a 12th of their unit's square, codes from the middle by a 12th of their range's, in the mean.
-    let error = largest * largest_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
+    let error =
+        largest * parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
     let rough = layout.code_order.side() == Side::Key && error > LOGIT_ERROR;
+    let wide = layout.code_order.bits() == Bits::Eight;
     for pass in 0..=usize::from(rough) {
         if pass > 0 {
             for factors in &mut *factors {
-                factors.refine();
+                factors.refine::<L::Floats>();
             }
         }
-        sum_products::<L>(layout, &record[layout.codes.clone()], factors, sums);
-        for (column, (factors, sums)) in factors.iter().zip(&*sums).enumerate() {
-            let out = &mut out.values[column * out.stride..][..layout.columns];
-            let middle = middle * factors.sum;
-            for ((out, &sum), scale) in out.iter_mut().zip(sums).zip(&parameters.column_scale) {
-                *out += scale * ((sum - middle) as f32 * factors.unit + factors.zero);
+        for (index, factors) in factors.chunks(TOGETHER).enumerate() {
+            let mut out = MatrixMut { values: &mut out.values[index * TOGETHER * out.stride..], stride: out.stride };
+            let (codes, scale) = (&codes[..], &parameters.column_scale[..]);
+            match (factors, wide) {
+                ([a, b], true) => add::<L, true, 2>(codes, [a, b], vectors, scale, middle, &mut out),
+                ([a, b], false) => add::<L, false, 2>(codes, [a, b], vectors, scale, middle, &mut out),
+                ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, middle, &mut out),
+                ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, middle, &mut out),
+                _ => unreachable!("chunks of {TOGETHER}"),
             }
         }
     }
     true
 }
 
-/// `sums[column][m] = Σ_k factor[column, k] · code[k, m]`.
+/// Adds to `C` columns of `out` what factors and codes give.
 #[inline(always)]
-fn sum_products<L: Lanes>(layout: &MatrixLayout, codes: &[u8], factors: &[Factors], sums: &mut [Vec<i32>]) {
-    // Vectors of codes of one token.
-    let vectors = layout.rows / 64;
-    match (layout.code_order.side(), layout.code_order.bits().get()) {
-        (Side::Key, 4) if vectors == 1 => sum_keys::<L, 4, false, 1>(layout, codes, factors, sums),
-        (Side::Key, 4) if vectors == 2 => sum_keys::<L, 4, false, 2>(layout, codes, factors, sums),
-        (Side::Key, 4) => sum_keys::<L, 4, false, 4>(layout, codes, factors, sums),
-        (Side::Key, 2) if vectors == 2 => sum_keys::<L, 2, false, 2>(layout, codes, factors, sums),
-        (Side::Key, 2) => sum_keys::<L, 2, false, 4>(layout, codes, factors, sums),
-        (Side::Key, _) if layout.rows == 32 => sum_keys::<L, 8, true, 1>(layout, codes, factors, sums),
-        (Side::Key, _) if vectors == 1 => sum_keys::<L, 8, true, 2>(layout, codes, factors, sums),
-        (Side::Key, _) if vectors == 2 => sum_keys::<L, 8, true, 4>(layout, codes, factors, sums),
-        (Side::Key, _) => sum_keys::<L, 8, true, 8>(layout, codes, factors, sums),
-        (Side::Value, 4) => sum_values::<L, 4, false, 2>(layout, codes, factors, sums),
-        (Side::Value, 2) => sum_values::<L, 2, false, 4>(layout, codes, factors, sums),
-        (Side::Value, _) => sum_values::<L, 8, true, 1>(layout, codes, factors, sums),
+fn add<L: Lanes, const WIDE: bool, const C: usize>(
+    codes: &[u8],
+    factors: [&Factors; C],
+    vectors: &mut Vec<[u8; 64]>,
+    scale: &[f32],
+    middle: i32,
+    out: &mut MatrixMut<'_>,
+) {
+    let blocks = codes.len() / (16 * scale.len());
+    vectors.resize(2 * C * blocks, [0; 64]);
+    for (column, factors) in factors.iter().enumerate() {
+        factors.spread::<L>(&mut vectors[2 * column..], 2 * C);
+    }
+    for (at, codes) in codes.chunks_exact(blocks * FRAGMENT).enumerate() {
+        let mut high = [[L::splat(0); 4]; C];
+        let mut low = [[L::splat(0); 4]; C];
+        for (codes, factors) in codes.chunks_exact(FRAGMENT).zip(vectors.chunks_exact(2 * C)) {
+            for four in 0..4 {
+                let codes = L::load(codes[64 * four..][..64].try_into().expect("64 bytes"));
+                for column in 0..C {
+                    let (upper, lower) = (&factors[2 * column], &factors[2 * column + 1]);
+                    high[column][four] = high[column][four].dot::<WIDE>(codes, L::load(upper));
+                    low[column][four] = low[column][four].dot::<WIDE>(codes, L::load(lower));
+                }
+            }
+        }
+        let scale = L::Floats::load(scale[16 * at..][..16].try_into().expect("16 elements"));
+        for column in 0..C {
+            let mut sums = low[column];
+            for four in 0..4 {
+                sums[four] = sums[four].add(high[column][four].shifted(HIGH));
+            }
+            let from_middle = L::splat((-middle * factors[column].sum) as u32);
+            let sums = L::quarter_sums(sums).add(from_middle).floats();
+            let product = sums.mul(L::Floats::splat(factors[column].unit));
+            let product = product.add(L::Floats::splat(factors[column].zero)).mul(scale);
+            let out = &mut out.values[column * out.stride + 16 * at..][..16];
+            let out: &mut [f32; 16] = out.try_into().expect("16 elements");
+            product.add(L::Floats::load(out)).store(out);
+        }
     }
 }
 

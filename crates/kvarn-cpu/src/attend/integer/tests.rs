@@ -71,7 +71,7 @@ fn products_agree_with_decoded_records_and_between_instruction_sets() {
                 for matrix in [&layout.key, &layout.value] {
                     let record = random_record(&layout, matrix, &mut random);
                     for columns in [1, 2, 3, 5, 8] {
-                        if !serves(matrix, columns) {
+                        if !serves(matrix) {
                             continue;
                         }
                         served += 1;
@@ -102,8 +102,8 @@ fn products_agree_with_decoded_records_and_between_instruction_sets() {
             }
         }
     }
-    // 4 and 8 bits of K at 64, 128 and 256, 2 bits at 128 and 256, and more of V.
-    assert!(served > 100, "{served}");
+    // All but a few head dims, at 3 bits.
+    assert!(served >= 1000, "{served}");
 }
 
 #[test]
@@ -159,12 +159,12 @@ fn what_is_zero_tiny_huge_or_not_finite() {
 #[ignore = "measures; run it with --release and --nocapture"]
 fn product_time() {
     for (bits, head_dim) in
-        [(Bits::Four, 128), (Bits::Two, 128), (Bits::Eight, 128), (Bits::Four, 64), (Bits::Two, 64)]
+        [(Bits::Four, 128), (Bits::Two, 128), (Bits::Three, 128), (Bits::Eight, 128), (Bits::Four, 64)]
     {
         let layout = RecordLayout::new(head_dim, 128, bits, bits);
         let mut random = Random(7);
         for matrix in [&layout.key, &layout.value] {
-            if !serves(matrix, 4) {
+            if !serves(matrix) {
                 continue;
             }
             let record = random_record(&layout, matrix, &mut random);

@@ -1,0 +1,214 @@
+#![allow(clippy::wildcard_imports)] // dozens of intrinsics
+
+use std::arch::x86_64::*;
+
+use super::super::lanes::{Floats, Lanes};
+
+/// Integers; `VNNI`: products of four bytes are one instruction.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Avx512<const VNNI: bool>(__m512i);
+
+/// Floats.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Avx512Floats<const VNNI: bool>(__m512);
+
+impl<const VNNI: bool> Lanes for Avx512<VNNI> {
+    type Floats = Avx512Floats<VNNI>;
+
+    #[inline(always)]
+    fn splat(value: u32) -> Self {
+        Self(unsafe { _mm512_set1_epi32(value as i32) })
+    }
+
+    #[inline(always)]
+    fn load(bytes: &[u8; 64]) -> Self {
+        Self(unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) })
+    }
+
+    #[inline(always)]
+    fn store(self, bytes: &mut [u8; 64]) {
+        unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), self.0) }
+    }
+
+    #[inline(always)]
+    fn spread(bytes: &[u8; 16]) -> Self {
+        Self(unsafe {
+            let order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            let dwords = _mm512_castsi128_si512(_mm_loadu_si128(bytes.as_ptr().cast()));
+            _mm512_permutexvar_epi32(order, dwords)
+        })
+    }
+
+    #[inline(always)]
+    fn and(self, other: Self) -> Self {
+        Self(unsafe { _mm512_and_si512(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        Self(unsafe { _mm512_or_si512(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn shifted(self, count: i32) -> Self {
+        unsafe {
+            let by = _mm_cvtsi32_si128(count.abs());
+            Self(if count >= 0 { _mm512_sll_epi32(self.0, by) } else { _mm512_srl_epi32(self.0, by) })
+        }
+    }
+
+    #[inline(always)]
+    fn transposed(vectors: [Self; 4]) -> [Self; 4] {
+        let [Self(a), Self(b), Self(c), Self(d)] = vectors;
+        unsafe {
+            let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+            let (upper_ab, upper_cd) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+            [
+                Self(_mm512_unpacklo_epi64(ab, cd)),
+                Self(_mm512_unpackhi_epi64(ab, cd)),
+                Self(_mm512_unpacklo_epi64(upper_ab, upper_cd)),
+                Self(_mm512_unpackhi_epi64(upper_ab, upper_cd)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self {
+        unsafe {
+            if VNNI {
+                return Self(_mm512_dpbusd_epi32(self.0, codes.0, factors.0));
+            }
+            let (ones, mask) = (_mm512_set1_epi16(1), _mm512_set1_epi8(15));
+            if !WIDE {
+                let pairs = _mm512_maddubs_epi16(codes.0, factors.0);
+                return Self(_mm512_add_epi32(self.0, _mm512_madd_epi16(pairs, ones)));
+            }
+            // Sums of two products of bytes saturate at 16 bits: a code is taken in halves of four bits.
+            let low = _mm512_maddubs_epi16(_mm512_and_si512(codes.0, mask), factors.0);
+            let upper = _mm512_and_si512(_mm512_srli_epi16(codes.0, 4), mask);
+            let high = _mm512_maddubs_epi16(upper, factors.0);
+            let (low, high) = (_mm512_madd_epi16(low, ones), _mm512_madd_epi16(high, ones));
+            Self(_mm512_add_epi32(self.0, _mm512_add_epi32(low, _mm512_slli_epi32(high, 4))))
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm512_add_epi32(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn quarter_sums(vectors: [Self; 4]) -> Self {
+        let [Self(a), Self(b), Self(c), Self(d)] = vectors;
+        unsafe {
+            // Quarters 0 and 1 with 2 and 3, then each with its neighbour.
+            let ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xEE));
+            let cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xEE));
+            let (even, odd) = (_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xDD));
+            Self(_mm512_add_epi32(even, odd))
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self) -> i32 {
+        unsafe { _mm512_reduce_add_epi32(self.0) }
+    }
+
+    #[inline(always)]
+    fn bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(self.0)) }
+        bytes
+    }
+
+    #[inline(always)]
+    fn floats(self) -> Self::Floats {
+        Avx512Floats(unsafe { _mm512_cvtepi32_ps(self.0) })
+    }
+}
+
+impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
+    type Integers = Avx512<VNNI>;
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+
+    #[inline(always)]
+    fn load(values: &[f32; 16]) -> Self {
+        Self(unsafe { _mm512_loadu_ps(values.as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn store(self, values: &mut [f32; 16]) {
+        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), self.0) }
+    }
+
+    #[inline(always)]
+    fn of_halves(quarters: [u64; 4]) -> Self {
+        let [a, b, c, d] = quarters;
+        Self(unsafe { _mm512_cvtph_ps(_mm256_setr_epi64x(a as i64, b as i64, c as i64, d as i64)) })
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(unsafe { _mm512_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn larger_size(self, other: Self) -> Self {
+        Self(unsafe { _mm512_max_ps(_mm512_abs_ps(self.0), _mm512_abs_ps(other.0)) })
+    }
+
+    #[inline(always)]
+    fn swapped(self) -> Self {
+        Self(unsafe { _mm512_permute_ps(self.0, 0xD8) })
+    }
+
+    #[inline(always)]
+    fn interleaved(self) -> Self {
+        Self(unsafe {
+            let order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+            _mm512_permutexvar_ps(order, self.0)
+        })
+    }
+
+    #[inline(always)]
+    fn deinterleaved(self) -> Self {
+        Self(unsafe {
+            let order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+            _mm512_permutexvar_ps(order, self.0)
+        })
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps(self.0, 1));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+
+    #[inline(always)]
+    fn nearest(self) -> Self::Integers {
+        Avx512(unsafe { _mm512_cvtps_epi32(self.0) })
+    }
+}
