@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use kvarn::record::MatrixLayout;
 use kvarn::tables::{Place, Span};
 
 use super::block::QueryBlock;
@@ -46,10 +47,14 @@ impl Leaf<'_> {
         let mut partial = Partial::empty(columns, head_dim);
         scratch.weights.clear();
         scratch.weights.resize(columns * LEAF_TOKENS, 0.0);
-        for (at, tile) in self.tiles() {
+        let tiles: Vec<(usize, &[Span])> = self.tiles().collect();
+        let behind =
+            |index: usize, want: Want| tiles.get(index + 1).map(|&(_, tile)| self.matrix(tile, want));
+        for (index, &(at, tile)) in tiles.iter().enumerate() {
+            let next = behind(index, Want::Keys).unwrap_or_else(|| self.matrix(tiles[0].1, Want::Values));
             let q = Matrix { values: &self.block.q, stride: head_dim };
             let mut logits = MatrixMut { values: &mut scratch.weights[at..], stride: LEAF_TOKENS };
-            if self.multiply_record(tile, Want::Keys, q, &mut logits, &mut scratch.integer) {
+            if self.multiply_record(tile, Want::Keys, q, &mut logits, next, &mut scratch.integer) {
                 continue;
             }
             scratch.tile.read(self.source.pool, self.source.layer, self.source.head, tile, Want::Keys);
@@ -63,10 +68,12 @@ impl Leaf<'_> {
             }
             (partial.max[column], partial.sum[column]) = softmax(weights, seen);
         }
-        for (at, tile) in self.tiles() {
+        for (index, &(at, tile)) in tiles.iter().enumerate() {
+            let next =
+                behind(index, Want::Values).unwrap_or_else(|| self.matrix(self.next_leaf(), Want::Keys));
             let weights = Matrix { values: &scratch.weights[at..], stride: LEAF_TOKENS };
             let mut out = MatrixMut { values: &mut partial.out, stride: head_dim };
-            if self.multiply_record(tile, Want::Values, weights, &mut out, &mut scratch.integer) {
+            if self.multiply_record(tile, Want::Values, weights, &mut out, next, &mut scratch.integer) {
                 continue;
             }
             scratch.tile.read(self.source.pool, self.source.layer, self.source.head, tile, Want::Values);
@@ -77,27 +84,51 @@ impl Leaf<'_> {
     }
 
     /// `out += x · matrix` with a matrix of a tile that is a record and nothing else, in integers; false if that is not
-    /// possible, and nothing is done.
+    /// possible, and nothing is done. `next`: what will be read next.
     fn multiply_record(
         &self,
         tile: &[Span],
         want: Want,
         x: Matrix<'_>,
         out: &mut MatrixMut<'_>,
+        next: &[u8],
         scratch: &mut integer::Scratch,
     ) -> bool {
-        let [Span { place: Place::Page(page), .. }] = *tile else { return false };
-        let (pool, layer, columns) = (self.source.pool, self.source.layer, self.block.columns());
-        let layout = match want {
-            Want::Keys => &layer.layout.key,
-            Want::Values => &layer.layout.value,
-        };
-        if !integer::serves(layout) {
-            return false;
+        let layout = self.layout(want);
+        match self.record(tile) {
+            Some(record) if integer::serves(layout) => {
+                integer::multiply(level(), layout, record, x, out, self.block.columns(), next, scratch)
+            }
+            _ => false,
         }
+    }
+
+    fn layout(&self, want: Want) -> &MatrixLayout {
+        match want {
+            Want::Keys => &self.source.layer.layout.key,
+            Want::Values => &self.source.layer.layout.value,
+        }
+    }
+
+    /// The record of a tile that is a record and nothing else.
+    fn record(&self, tile: &[Span]) -> Option<&[u8]> {
+        let [Span { place: Place::Page(page), .. }] = *tile else { return None };
         // SAFETY: this sequence, which is being read, holds the page.
-        let record = unsafe { record(pool, layer, page, self.source.head) };
-        integer::multiply(level(), layout, record, x, out, columns, scratch)
+        Some(unsafe { record(self.source.pool, self.source.layer, page, self.source.head) })
+    }
+
+    /// The bytes of a matrix of a tile's record; nothing if it has none.
+    fn matrix(&self, tile: &[Span], want: Want) -> &[u8] {
+        let layout = self.layout(want);
+        let end = layout.row_zero.end.max(layout.column_scale.end);
+        self.record(tile).map_or(&[], |record| &record[layout.codes.start..end])
+    }
+
+    /// The first span behind this leaf.
+    fn next_leaf(&self) -> &[Span] {
+        let spans = self.source.spans;
+        let end = spans.partition_point(|span| span.position < self.first + LEAF_TOKENS);
+        &spans[end..spans.len().min(end + 1)]
     }
 
     /// The leaf's tiles that some query sees: offset of the first token in the leaf, and spans.

@@ -5,6 +5,7 @@
 //! of the codes decodes to. Sums of integers are exact, so every instruction set gives the same; the rounding of a factor is
 //! at most a 2^-16 of the largest.
 
+mod ahead;
 mod factors;
 mod lanes;
 mod parameters;
@@ -16,6 +17,7 @@ mod x86;
 use kvarn::record::MatrixLayout;
 use kvarn::{Bits, Side};
 
+use ahead::Ahead;
 use factors::{Factors, HIGH};
 use lanes::{Floats, Lanes};
 use parameters::Parameters;
@@ -47,7 +49,8 @@ pub(super) fn serves(layout: &MatrixLayout) -> bool {
 }
 
 /// `out += x · matrix`, where `serves`; `x` `[columns, rows]`, `out` `[columns, matrix columns]`. False, and nothing done, if
-/// something of `x` is not finite. The processor has `level`.
+/// something of `x` is not finite. The processor has `level`. `next`: what will be read next.
+#[allow(clippy::too_many_arguments)] // the parts of one call
 pub(super) fn multiply(
     level: Level,
     layout: &MatrixLayout,
@@ -55,6 +58,7 @@ pub(super) fn multiply(
     x: Matrix<'_>,
     out: &mut MatrixMut<'_>,
     columns: usize,
+    next: &[u8],
     scratch: &mut Scratch,
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -69,12 +73,13 @@ pub(super) fn multiply(
                     x: Matrix<'_>,
                     out: &mut MatrixMut<'_>,
                     columns: usize,
+                    next: &[u8],
                     scratch: &mut Scratch,
                 ) -> bool {
-                    multiply_with::<$lanes>(layout, record, x, out, columns, scratch)
+                    multiply_with::<$lanes>(layout, record, x, out, columns, next, scratch)
                 }
                 // SAFETY: the features were found on this processor.
-                return unsafe { compiled(layout, record, x, out, columns, scratch) };
+                return unsafe { compiled(layout, record, x, out, columns, next, scratch) };
             }};
         }
         match level {
@@ -86,7 +91,7 @@ pub(super) fn multiply(
             Level::Portable => {}
         }
     }
-    multiply_with::<Plain>(layout, record, x, out, columns, scratch)
+    multiply_with::<Plain>(layout, record, x, out, columns, next, scratch)
 }
 
 #[inline(always)]
@@ -96,6 +101,7 @@ fn multiply_with<L: Lanes>(
     x: Matrix<'_>,
     out: &mut MatrixMut<'_>,
     columns: usize,
+    next: &[u8],
     scratch: &mut Scratch,
 ) -> bool {
     let Scratch { parameters, factors, codes, vectors } = scratch;
@@ -113,9 +119,9 @@ fn multiply_with<L: Lanes>(
     codes.resize(layout.rows * layout.columns, 0);
     unpack::<L>(layout, &record[layout.codes.clone()], codes);
     // Factors are off by a 12th of their unit's square, codes from the middle by a 12th of their range's, in the mean.
-    let error =
-        largest * parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
+    let error = largest * parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
     let rough = layout.code_order.side() == Side::Key && error > LOGIT_ERROR;
+    let mut ahead = Ahead::new(next, columns.div_ceil(TOGETHER) * layout.columns / 16);
     let wide = layout.code_order.bits() == Bits::Eight;
     for pass in 0..=usize::from(rough) {
         if pass > 0 {
@@ -124,13 +130,18 @@ fn multiply_with<L: Lanes>(
             }
         }
         for (index, factors) in factors.chunks(TOGETHER).enumerate() {
-            let mut out = MatrixMut { values: &mut out.values[index * TOGETHER * out.stride..], stride: out.stride };
+            let mut out =
+                MatrixMut { values: &mut out.values[index * TOGETHER * out.stride..], stride: out.stride };
             let (codes, scale) = (&codes[..], &parameters.column_scale[..]);
             match (factors, wide) {
-                ([a, b], true) => add::<L, true, 2>(codes, [a, b], vectors, scale, middle, &mut out),
-                ([a, b], false) => add::<L, false, 2>(codes, [a, b], vectors, scale, middle, &mut out),
-                ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, middle, &mut out),
-                ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, middle, &mut out),
+                ([a, b], true) => {
+                    add::<L, true, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead)
+                }
+                ([a, b], false) => {
+                    add::<L, false, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead)
+                }
+                ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, middle, &mut out, &mut ahead),
+                ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, middle, &mut out, &mut ahead),
                 _ => unreachable!("chunks of {TOGETHER}"),
             }
         }
@@ -147,6 +158,7 @@ fn add<L: Lanes, const WIDE: bool, const C: usize>(
     scale: &[f32],
     middle: i32,
     out: &mut MatrixMut<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     let blocks = codes.len() / (16 * scale.len());
     vectors.resize(2 * C * blocks, [0; 64]);
@@ -154,6 +166,7 @@ fn add<L: Lanes, const WIDE: bool, const C: usize>(
         factors.spread::<L>(&mut vectors[2 * column..], 2 * C);
     }
     for (at, codes) in codes.chunks_exact(blocks * FRAGMENT).enumerate() {
+        ahead.step();
         let mut high = [[L::splat(0); 4]; C];
         let mut low = [[L::splat(0); 4]; C];
         for (codes, factors) in codes.chunks_exact(FRAGMENT).zip(vectors.chunks_exact(2 * C)) {

@@ -82,7 +82,7 @@ fn products_agree_with_decoded_records_and_between_instruction_sets() {
                             let mut out = before.clone();
                             let x = Matrix { values: &x, stride: matrix.rows };
                             let mut to = MatrixMut { values: &mut out, stride: matrix.columns };
-                            assert!(multiply(level, matrix, &record, x, &mut to, columns, &mut scratch));
+                            assert!(multiply(level, matrix, &record, x, &mut to, columns, &[], &mut scratch));
                             out
                         });
                         let out = outs.next().unwrap();
@@ -133,6 +133,7 @@ fn what_is_zero_tiny_huge_or_not_finite() {
                     Matrix { values: &x, stride: matrix.rows },
                     &mut MatrixMut { values: &mut out, stride: matrix.columns },
                     1,
+                    &[],
                     &mut scratch,
                 );
                 assert_eq!(made, finite, "{factor}");
@@ -148,7 +149,7 @@ fn what_is_zero_tiny_huge_or_not_finite() {
                 Matrix { values: &x, stride: matrix.rows },
                 MatrixMut { values: &mut out, stride: matrix.columns },
             );
-            assert!(multiply(level, matrix, &record, x, &mut to, 1, &mut scratch));
+            assert!(multiply(level, matrix, &record, x, &mut to, 1, &[], &mut scratch));
             assert_eq!(out, vec![1.0; matrix.columns]);
         }
     }
@@ -178,7 +179,7 @@ fn product_time() {
                         for _ in 0..10 {
                             let x = Matrix { values: &x, stride: matrix.rows };
                             let mut to = MatrixMut { values: &mut out, stride: matrix.columns };
-                            assert!(multiply(level, matrix, &record, x, &mut to, 4, &mut scratch));
+                            assert!(multiply(level, matrix, &record, x, &mut to, 4, &[], &mut scratch));
                         }
                         start.elapsed().as_secs_f64() * 1e8
                     })

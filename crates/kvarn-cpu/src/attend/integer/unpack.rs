@@ -25,36 +25,41 @@ pub(super) const fn words_at_once(bits: usize) -> usize {
 }
 
 /// Where fragments go, which come by token first.
-#[derive(Clone, Copy)]
 struct Places {
-    side: Side,
-    /// Fragments of 16 tokens, and of 16 channels.
-    channels: usize,
-    tokens: usize,
-    token: usize,
-    channel: usize,
+    /// From a fragment to the next one of the same tokens, and on to the first of the next tokens.
+    step: usize,
+    turn: usize,
+    /// Fragments of the same tokens, and how many of them are left.
+    row: usize,
+    left: usize,
+    at: usize,
 }
 
 impl Places {
+    #[inline(always)]
     fn new(layout: &MatrixLayout) -> Self {
-        let side = layout.code_order.side();
         let (rows, columns) = (layout.rows / 16, layout.columns / 16);
-        let (channels, tokens) = if side == Side::Key { (rows, columns) } else { (columns, rows) };
-        Self { side, channels, tokens, token: 0, channel: 0 }
+        match layout.code_order.side() {
+            Side::Key => Self { step: 1, turn: 1, row: rows, left: rows, at: 0 },
+            Side::Value => Self {
+                step: rows,
+                turn: 1_usize.wrapping_sub((columns - 1) * rows),
+                row: columns,
+                left: columns,
+                at: 0,
+            },
+        }
     }
 
-    /// Bytes before the next fragment.
+    /// The place of the next fragment.
     #[inline(always)]
-    fn next(&mut self) -> usize {
-        let at = match self.side {
-            Side::Key => self.token * self.channels + self.channel,
-            Side::Value => self.channel * self.tokens + self.token,
-        };
-        self.channel += 1;
-        if self.channel == self.channels {
-            (self.token, self.channel) = (self.token + 1, 0);
-        }
-        at * FRAGMENT
+    fn next<'a>(&mut self, out: &'a mut [u8]) -> &'a mut [u8; FRAGMENT] {
+        let at = self.at;
+        self.left -= 1;
+        let last = self.left == 0;
+        self.at = self.at.wrapping_add(if last { self.turn } else { self.step });
+        self.left = if last { self.row } else { self.left };
+        (&mut out[at * FRAGMENT..][..FRAGMENT]).try_into().expect("a fragment")
     }
 }
 
@@ -81,49 +86,73 @@ fn unpack_as<L: Lanes, const BITS: usize, const KEY: bool>(
 ) {
     let mut places = Places::new(layout);
     for codes in codes.chunks_exact(STRIPE / TOGETHER * words_at_once(BITS)) {
-        let first = places;
-        // m mod 8 from 0 to 3, then from 4 to 7.
-        for upper in 0..2 {
-            // In the transposed order each lane holds a word of its m.
-            let mut words = [[L::splat(0); TOGETHER]; MOST_STRIPES];
-            for (words, stripe) in words.iter_mut().zip(codes.chunks_exact(STRIPE)) {
-                for (g, word) in words.iter_mut().enumerate() {
-                    *word = load(stripe, 4 * upper + g);
+        // By m mod 8 from 0 to 3 and from 4 to 7. In the transposed order each lane holds a word of its m.
+        let mut words = [[[L::splat(0); 2]; TOGETHER]; MOST_STRIPES];
+        for (words, stripe) in words.iter_mut().zip(codes.chunks_exact(STRIPE)) {
+            for upper in 0..2 {
+                let of = L::transposed([
+                    load(stripe, 4 * upper),
+                    load(stripe, 4 * upper + 1),
+                    load(stripe, 4 * upper + 2),
+                    load(stripe, 4 * upper + 3),
+                ]);
+                for (words, word) in words.iter_mut().zip(of) {
+                    words[upper] = word;
                 }
-                *words = L::transposed(*words);
             }
-            places = first;
-            match BITS {
-                2 => {
-                    for word in words[0] {
-                        for odd in 0..2 {
-                            let at = places.next();
-                            put(out, at, upper, [two::<L, KEY>(word, odd, 0), two::<L, KEY>(word, odd, 1)]);
+        }
+        match BITS {
+            2 => {
+                for word in words[0] {
+                    for odd in 0..2 {
+                        let out = places.next(out);
+                        for upper in 0..2 {
+                            put(
+                                out,
+                                upper,
+                                [two::<L, KEY>(word[upper], odd, 0), two::<L, KEY>(word[upper], odd, 1)],
+                            );
                         }
                     }
                 }
-                3 => {
-                    let words = words.as_flattened();
-                    for three in 0..TOGETHER {
-                        let three = [words[3 * three], words[3 * three + 1], words[3 * three + 2]];
-                        for word in three {
-                            let at = places.next();
-                            put(out, at, upper, [three_of::<L, KEY>(word, 0), three_of::<L, KEY>(word, 1)]);
+            }
+            3 => {
+                let words = words.as_flattened();
+                for three in 0..TOGETHER {
+                    let three = [words[3 * three], words[3 * three + 1], words[3 * three + 2]];
+                    for word in three {
+                        let out = places.next(out);
+                        for upper in 0..2 {
+                            put(
+                                out,
+                                upper,
+                                [three_of::<L, KEY>(word[upper], 0), three_of::<L, KEY>(word[upper], 1)],
+                            );
                         }
-                        let at = places.next();
-                        put(out, at, upper, rest_of::<L, KEY>(three));
+                    }
+                    let out = places.next(out);
+                    for upper in 0..2 {
+                        put(
+                            out,
+                            upper,
+                            rest_of::<L, KEY>([three[0][upper], three[1][upper], three[2][upper]]),
+                        );
                     }
                 }
-                4 => {
-                    for word in words[0] {
-                        let at = places.next();
-                        put(out, at, upper, [four::<L, KEY>(word, 0), four::<L, KEY>(word, 1)]);
+            }
+            4 => {
+                for word in words[0] {
+                    let out = places.next(out);
+                    for upper in 0..2 {
+                        put(out, upper, [four::<L, KEY>(word[upper], 0), four::<L, KEY>(word[upper], 1)]);
                     }
                 }
-                _ => {
-                    for pair in 0..TOGETHER / 2 {
-                        let at = places.next();
-                        put(out, at, upper, eight::<L, KEY>([words[0][2 * pair], words[0][2 * pair + 1]]));
+            }
+            _ => {
+                for pair in words[0].as_chunks::<2>().0 {
+                    let out = places.next(out);
+                    for upper in 0..2 {
+                        put(out, upper, eight::<L, KEY>([pair[0][upper], pair[1][upper]]));
                     }
                 }
             }
@@ -139,9 +168,10 @@ fn load<L: Lanes>(stripe: &[u8], g: usize) -> L {
 
 /// Stores vectors of both halves of m.
 #[inline(always)]
-fn put<L: Lanes>(out: &mut [u8], at: usize, upper: usize, halves: [L; 2]) {
+fn put<L: Lanes>(out: &mut [u8; FRAGMENT], upper: usize, halves: [L; 2]) {
     for (half, vector) in halves.into_iter().enumerate() {
-        vector.store((&mut out[at + 128 * half + 64 * upper..][..64]).try_into().expect("64 bytes"));
+        let at = 128 * half + 64 * upper;
+        vector.store((&mut out[at..at + 64]).try_into().expect("64 bytes"));
     }
 }
 
@@ -189,7 +219,11 @@ fn eight<L: Lanes, const KEY: bool>(words: [L; 2]) -> [L; 2] {
 /// Codes of 3 bits, of a fragment that has a word of its own.
 #[inline(always)]
 fn three_of<L: Lanes, const KEY: bool>(word: L, half: i32) -> L {
-    if KEY { halves(word, 3 + 6 * half, 6 + 6 * half, 7) } else { halves(word, 3 + 3 * half, 9 + 3 * half, 7) }
+    if KEY {
+        halves(word, 3 + 6 * half, 6 + 6 * half, 7)
+    } else {
+        halves(word, 3 + 3 * half, 9 + 3 * half, 7)
+    }
 }
 
 /// Codes of 3 bits of the fragment that shares the words of three others, both halves of m.

@@ -74,7 +74,8 @@ impl Lanes for Avx2 {
     fn transposed(vectors: [Self; 4]) -> [Self; 4] {
         let mut out = vectors;
         for half in 0..2 {
-            let [a, b, c, d] = [vectors[0].0[half], vectors[1].0[half], vectors[2].0[half], vectors[3].0[half]];
+            let [a, b, c, d] =
+                [vectors[0].0[half], vectors[1].0[half], vectors[2].0[half], vectors[3].0[half]];
             unsafe {
                 let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
                 let (upper_ab, upper_cd) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
