@@ -23,6 +23,8 @@ HEADS = 32
 CONTEXTS, BATCHES = (4096, 16384, 65536), (1, 4)
 HISTORY, CHUNK = 16384, 512
 EXPANDED = "kvarn_k4v2_g128"
+# Tokens of the sequence that wakes kvarn's threads.
+WAKE_TOKENS = 4096
 
 
 def shape_of(batch, context, q_len=1):
@@ -47,12 +49,15 @@ class Attending:
         self.calls = {
             preset: lambda step=step: step.attend(0, q, out=out) for preset, step in self.steps.items()
         }
+        self._awake = packed.Packed(EXPANDED, WAKE_TOKENS, 1).step(1, 1)
+        token = torch.randn(1, shape.heads, shape.head_dim, dtype=torch.float16)
+        self.wakes = dict.fromkeys(self.calls, lambda: self._awake.attend(0, token))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for step in self.steps.values():
+        for step in (*self.steps.values(), self._awake):
             step.abandon()
 
 
@@ -66,7 +71,7 @@ def shape_rows(report, kind, pools, shape, ways, compared, arguments):
             dense = peers.Dense(shape, dtype)
             calls = {f"{way} {dtype_name}": dense.call(way) for way in ways}
             names += calls
-            turns.run(calls | attending.calls)
+            turns.run(calls | attending.calls, attending.wakes)
             del dense, calls
     times = {name: turns.us(name) for name in names}
     peer = min((name for name in names if name.endswith(compared)), key=times.get)
@@ -131,7 +136,8 @@ def expand_row(report, pools, shape, arguments):
         step = attending.steps[EXPANDED]
         for name in ("fp32", "bf16"):
             calls[name] = expand_call(step, shape, peers.DTYPES[name])
-        turns.run(attending.calls | calls)
+        wake = attending.wakes[EXPANDED]
+        turns.run(attending.calls | calls, attending.wakes | dict.fromkeys(calls, wake))
     us, (dense_us, name) = turns.us(EXPANDED), min((turns.us(name), name) for name in calls)
     report.row(
         f"expand {EXPANDED} {shape}: attend {us / 1e3:.2f} ms, decode then SDPA in {name} "

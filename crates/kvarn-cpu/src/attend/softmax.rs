@@ -34,7 +34,17 @@ fn exponentiate_body<const FMA: bool>(logits: &mut [f32], result: &mut (f32, f32
             lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
         }
     }
-    let max = lanes.iter().chain(chunks.remainder()).copied().fold(f32::NEG_INFINITY, f32::max);
+    for (lane, &value) in chunks.remainder().iter().enumerate() {
+        lanes[lane] = if value > lanes[lane] { value } else { lanes[lane] };
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = if lanes[lane + width] > lanes[lane] { lanes[lane + width] } else { lanes[lane] };
+        }
+        width /= 2;
+    }
+    let max = lanes[0];
     // Only a logit of -inf (a query of the caller's) can make the largest -inf: every weight is then NaN or 0.
     let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let mut sums = [0.0; LANES];
