@@ -99,13 +99,14 @@ fn exp2_lane<const FMA: bool>(x: f32) -> f32 {
     ];
     // Clamped for the exponent arithmetic; written so that NaN passes.
     let clamped = if x < -126.0 { -126.0 } else { x };
-    let integer = (clamped + ROUND) - ROUND;
-    let rest = clamped - integer;
+    let rounded = clamped + ROUND;
+    let rest = clamped - (rounded - ROUND);
     let mut value = C[7];
     for c in C[..7].iter().rev() {
         value = fma::<FMA>(value, rest, *c);
     }
-    let power = f32::from_bits(((integer as i32 + 127) << 23) as u32);
+    // The integer lies in the lowest bits; a conversion, which saturates, would be done lane by lane.
+    let power = f32::from_bits((rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23);
     if x < -126.0 { 0.0 } else { value * power }
 }
 
