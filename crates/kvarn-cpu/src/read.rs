@@ -9,13 +9,16 @@ use crate::dtype::{load, slot_dtype};
 use crate::features::dispatch;
 use crate::pool::Pool;
 
+/// Tokens of a slot that are read at once.
+const TOGETHER: usize = 16;
+
 /// One tile of one KV head in float32, the way matrix products want it.
 #[derive(Debug, Default)]
 pub(crate) struct TileBuffer {
     /// `[head_dim, group]` when it holds keys, `[group, head_dim]` when it holds values.
     pub values: Vec<f32>,
     scratch: DecodeScratch,
-    row: Vec<f32>,
+    rows: Vec<f32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,19 +92,33 @@ impl TileBuffer {
         let (group, head_dim) = (pool.layout().config.group(), layer.shape.head_dim);
         let dtype = slot_dtype(pool.layout().slot_type);
         let base = pool.slot(layer, slot, head, usize::from(want == Want::Values));
-        self.row.resize(head_dim, 0.0);
-        for token in offset..offset + count {
-            // SAFETY: token < group, so the row lies within the slot's matrix; stored tokens are not written again while
-            // the sequence is read.
-            unsafe { load(dtype, base.add(token * head_dim * dtype.bytes()), &mut self.row) };
-            match want {
-                Want::Values => self.values[token * head_dim..][..head_dim].copy_from_slice(&self.row),
-                Want::Keys => {
-                    for (channel, value) in self.row.iter().enumerate() {
-                        self.values[channel * group + token] = *value;
-                    }
-                }
+        self.rows.resize(TOGETHER * head_dim, 0.0);
+        for first in (offset..offset + count).step_by(TOGETHER) {
+            let tokens = TOGETHER.min(offset + count - first);
+            let rows = match want {
+                Want::Values => &mut self.values[first * head_dim..][..tokens * head_dim],
+                Want::Keys => &mut self.rows[..tokens * head_dim],
+            };
+            // SAFETY: first + tokens ≤ group, so the rows lie within the slot's matrix; stored tokens are not written again
+            // while the sequence is read.
+            unsafe { load(dtype, base.add(first * head_dim * dtype.bytes()), rows) };
+            if want == Want::Keys {
+                transpose(&self.rows, &mut self.values[first..], [tokens, head_dim, group]);
             }
+        }
+    }
+}
+
+dispatch! {
+    /// Rows `[tokens, head_dim]` to columns of `out`, whose rows lie `stride` apart: `[tokens, head_dim, stride]`.
+    fn transpose(rows: &[f32], out: &mut [f32], shape: [usize; 3]) = transpose_body
+}
+
+#[inline(always)]
+fn transpose_body<const FMA: bool>(rows: &[f32], out: &mut [f32], [tokens, head_dim, stride]: [usize; 3]) {
+    for (channel, out) in out.chunks_mut(stride).enumerate().take(head_dim) {
+        for (token, value) in out[..tokens].iter_mut().enumerate() {
+            *value = rows[token * head_dim + channel];
         }
     }
 }
