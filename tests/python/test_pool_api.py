@@ -168,7 +168,7 @@ def check_attention(
                 expected = (
                     weights @ v[first : position + 1, kv_head] / total if total else np.zeros(q.shape[2])
                 )
-                assert np.abs(out[row, head] - expected).max() < 2e-4 * max(1, np.abs(expected).max())
+                assert np.abs(out[row, head] - expected).max() < 5e-4 * max(1, np.abs(expected).max())
                 with np.errstate(divide="ignore"):
                     wanted = np.log(total)
                 assert lse[row, head] == pytest.approx(wanted, abs=1e-4)

@@ -4,13 +4,15 @@ use std::cell::RefCell;
 
 use kvarn::codec::{EncodeCounts, Rotation, SlotType, TileEncoder, finite, round_to_slot};
 use kvarn::pool::Layer;
-use kvarn::tables::{SealSource, SequencePlan, SlotCopy};
+use kvarn::tables::{SealSource, SequencePlan, SlotCopy, SlotWrite};
 use kvarn::{Config, Saturation};
 
 use crate::TensorRef;
 use crate::dtype::{load, slot_dtype, store};
 use crate::features::dispatch;
 use crate::pool::Pool;
+use crate::prefetch::{LINE, fetch_to_write};
+use crate::rows::store_rotated;
 
 dispatch! {
     /// What is done to rows before they are stored: non-finite elements become 0, then each row of `rows` is rotated and
@@ -56,6 +58,21 @@ fn encode_tile_body<const FMA: bool>(
     *counts += encoder.encode(k, v, record);
 }
 
+/// Asks for the memory that a sequence's writes of one KV head will go to, so that these do not wait one for the other: rows
+/// of different heads and sequences lie far apart.
+pub(crate) fn prepare_writes(pool: &Pool, layer: &Layer, plan: &SequencePlan, head: usize) {
+    let bytes = layer.shape.head_dim * pool.layout().slot_type.bytes();
+    for write in &plan.writes {
+        for side in 0..2 {
+            let first = pool.slot(layer, write.slot, head, side).wrapping_add(write.offset * bytes);
+            // What one token takes; the lines behind follow by themselves.
+            for offset in (0..bytes).step_by(LINE) {
+                fetch_to_write(first.wrapping_add(offset));
+            }
+        }
+    }
+}
+
 /// Carries out a sequence's plan for one KV head of one layer.
 pub(crate) fn append_head(
     pool: &Pool,
@@ -88,8 +105,12 @@ pub(crate) fn append_head(
             tile.write_slot(pool, layer, head, (to, 0, pool.layout().config.group()));
         }
         for write in &plan.writes {
-            counts += read(tile, write.offset, write.row, write.count);
-            tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
+            for index in 0..write.count {
+                if rotated || !store_rows(pool, layer, head, [k, v], write, index) {
+                    counts += read(tile, write.offset + index, write.row + index, 1);
+                    tile.write_slot(pool, layer, head, (write.slot, write.offset + index, 1));
+                }
+            }
         }
         for seal in &plan.seals {
             match seal.source {
@@ -109,6 +130,29 @@ pub(crate) fn append_head(
         }
     });
     counts
+}
+
+/// Stores a token of a write straight from its rows of K and V; false if something of them must be counted, and then both are
+/// to be stored in another way.
+fn store_rows(
+    pool: &Pool,
+    layer: &Layer,
+    head: usize,
+    rows: [&TensorRef<'_>; 2],
+    write: &SlotWrite,
+    index: usize,
+) -> bool {
+    let slot_type = pool.layout().slot_type;
+    let bytes = layer.shape.head_dim * slot_type.bytes();
+    for (side, tensor) in rows.into_iter().enumerate() {
+        let base = pool.slot(layer, write.slot, head, side);
+        // SAFETY: as in `Tile::write_slot`.
+        let to = unsafe { std::slice::from_raw_parts_mut(base.add((write.offset + index) * bytes), bytes) };
+        if !store_rotated(tensor.row(write.row + index, head), tensor.dtype(), to, slot_type) {
+            return false;
+        }
+    }
+    true
 }
 
 /// What an append works with, kept per thread: most appends store one token, and must not pay for whole tiles.

@@ -4,12 +4,17 @@ use std::sync::Arc;
 
 use kvarn::codec::EncodeCounts;
 use kvarn::pool::{AttendOptions, OpenStep, check_attend, check_rows};
+use kvarn::tables::SequencePlan;
+use rayon::prelude::*;
 
-use crate::append::append_head;
+use crate::append::{append_head, prepare_writes};
 use crate::attend::attend;
 use crate::pool::Pool;
 use crate::threads::install;
 use crate::{Error, TensorMut, TensorRef};
+
+/// Rows of K and V, of all heads, that one thread stores without help.
+const FEW_ROWS: usize = 256;
 
 /// An open step. Dropped without a finish, it is abandoned: the pool is as before.
 #[derive(Debug)]
@@ -49,19 +54,29 @@ impl Step {
             |at| Ok(check_rows(at, slot_type, plan.tokens, k.description(), v.description())?),
             |at| {
                 let heads = at.shape.kv_heads;
-                let counts = install(|| {
-                    use rayon::prelude::*;
-                    (0..plan.sequences.len() * heads)
-                        .into_par_iter()
-                        .map(|index| {
-                            let sequence = &plan.sequences[index / heads];
-                            append_head(&self.pool, at, sequence, index % heads, k, v, rotated)
-                        })
-                        .reduce(EncodeCounts::default, |mut a, b| {
-                            a += b;
-                            a
-                        })
-                });
+                let sum = |mut a: EncodeCounts, b| {
+                    a += b;
+                    a
+                };
+                let one = |sequence: &SequencePlan, head| {
+                    append_head(&self.pool, at, sequence, head, k, v, rotated)
+                };
+                let all = |sequence: &SequencePlan| {
+                    (0..heads).for_each(|head| prepare_writes(&self.pool, at, sequence, head));
+                    (0..heads).map(|head| one(sequence, head)).fold(EncodeCounts::default(), sum)
+                };
+                let sequences = &plan.sequences;
+                let seals = sequences.iter().any(|sequence| !sequence.seals.is_empty());
+                let counts = if seals {
+                    let counts = |index: usize| one(&sequences[index / heads], index % heads);
+                    let indices = 0..sequences.len() * heads;
+                    install(|| indices.into_par_iter().map(counts).reduce(EncodeCounts::default, sum))
+                } else if plan.tokens * heads <= FEW_ROWS {
+                    // A row takes less time than handing it to another thread.
+                    sequences.iter().map(all).fold(EncodeCounts::default(), sum)
+                } else {
+                    install(|| sequences.par_iter().map(all).reduce(EncodeCounts::default, sum))
+                };
                 self.pool.core().count(counts);
                 Ok(counts)
             },

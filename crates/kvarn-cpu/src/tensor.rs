@@ -66,10 +66,20 @@ impl TensorRef<'_> {
 
     /// Reads row `[i, j, :]`.
     pub(crate) fn load_row(&self, i: usize, j: usize, out: &mut [f32]) {
-        assert!(i < self.shape[0] && j < self.shape[1] && out.len() == self.shape[2]);
+        assert_eq!(out.len(), self.shape[2]);
+        // SAFETY: as many elements as the row has.
+        unsafe { load(self.dtype, self.row(i, j).as_ptr(), out) }
+    }
+
+    /// The bytes of row (`i`, `j`).
+    pub(crate) fn row(&self, i: usize, j: usize) -> &[u8] {
+        assert!(i < self.shape[0] && j < self.shape[1]);
         let offset = i as isize * self.strides[0] + j as isize * self.strides[1];
+        let bytes = self.dtype.bytes();
         // SAFETY: the row lies within the tensor, which `from_raw`'s caller vouched for.
-        unsafe { load(self.dtype, self.data.offset(offset * self.dtype.bytes() as isize), out) }
+        unsafe {
+            std::slice::from_raw_parts(self.data.offset(offset * bytes as isize), self.shape[2] * bytes)
+        }
     }
 }
 

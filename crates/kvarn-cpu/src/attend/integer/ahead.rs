@@ -1,7 +1,6 @@
 //! Fetching what the next product will read while this one computes.
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
+use crate::prefetch::{LINE, fetch};
 
 /// Bytes to fetch into the cache, a share at each step.
 pub(super) struct Ahead<'a> {
@@ -24,16 +23,4 @@ impl<'a> Ahead<'a> {
             fetch(line.as_ptr());
         }
     }
-}
-
-#[inline(always)]
-fn fetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: part of the baseline; a prefetch of any address is allowed.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }

@@ -4,8 +4,8 @@
 //! come block of 16 rows by block, and within it by c, then e, then k half, so row 8 · k half + 2 c + e is at
 //! 4 c + 2 e + k half: the four rows whose codes share a 32-bit lane lie side by side, as codes do once they are unpacked.
 
-use super::lanes::{Floats, Lanes};
 use super::parameters::Parameters;
+use crate::lanes::{Floats, Lanes};
 
 /// A factor is `2^HIGH · high + low`, of signed bytes.
 pub(super) const HIGH: i32 = 8;

@@ -7,25 +7,20 @@
 
 mod ahead;
 mod factors;
-mod lanes;
 mod parameters;
-mod plain;
 mod unpack;
-#[cfg(target_arch = "x86_64")]
-mod x86;
 
 use kvarn::record::MatrixLayout;
 use kvarn::{Bits, Side};
 
 use ahead::Ahead;
 use factors::{Factors, HIGH};
-use lanes::{Floats, Lanes};
 use parameters::Parameters;
-use plain::Plain;
 use unpack::{FRAGMENT, unpack, words_at_once};
 
 use super::product::{Matrix, MatrixMut};
 use crate::features::Level;
+use crate::lanes::{Floats, Lanes, Plain};
 
 /// Error of a logit (base 2, standard deviation) above which the rounding of factors is made good by a second product: where
 /// one channel is much larger than the others, or a token of the tile than those that are seen.
@@ -63,7 +58,7 @@ pub(super) fn multiply(
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        use x86::{Avx2, Avx512};
+        use crate::lanes::{Avx2, Avx512};
         macro_rules! compiled {
             ($features:literal, $lanes:ty) => {{
                 #[target_feature(enable = $features)]
@@ -135,10 +130,10 @@ fn multiply_with<L: Lanes>(
             let (codes, scale) = (&codes[..], &parameters.column_scale[..]);
             match (factors, wide) {
                 ([a, b], true) => {
-                    add::<L, true, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead)
+                    add::<L, true, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead);
                 }
                 ([a, b], false) => {
-                    add::<L, false, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead)
+                    add::<L, false, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead);
                 }
                 ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, middle, &mut out, &mut ahead),
                 ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, middle, &mut out, &mut ahead),

@@ -2,7 +2,7 @@
 
 use kvarn::record::MatrixLayout;
 
-use super::lanes::Floats;
+use crate::lanes::Floats;
 
 /// Parameters of a matrix.
 #[derive(Debug, Default)]

@@ -7,7 +7,7 @@
 use kvarn::Side;
 use kvarn::record::MatrixLayout;
 
-use super::lanes::Lanes;
+use crate::lanes::Lanes;
 
 /// Bytes of an unpacked fragment.
 pub(super) const FRAGMENT: usize = 256;

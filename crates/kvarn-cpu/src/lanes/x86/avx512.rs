@@ -2,15 +2,15 @@
 
 use std::arch::x86_64::*;
 
-use super::super::lanes::{Floats, Lanes};
+use crate::lanes::{Floats, Lanes};
 
 /// Integers; `VNNI`: products of four bytes are one instruction.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx512<const VNNI: bool>(__m512i);
+pub(crate) struct Avx512<const VNNI: bool>(__m512i);
 
 /// Floats.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx512Floats<const VNNI: bool>(__m512);
+pub(crate) struct Avx512Floats<const VNNI: bool>(__m512);
 
 impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     type Floats = Avx512Floats<VNNI>;
@@ -143,6 +143,49 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
     #[inline(always)]
     fn store(self, values: &mut [f32; 16]) {
         unsafe { _mm512_storeu_ps(values.as_mut_ptr(), self.0) }
+    }
+
+    #[inline(always)]
+    fn load_halves(halves: &[u8; 32]) -> Self {
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast())) })
+    }
+
+    #[inline(always)]
+    fn load_bfloats(values: &[u8; 32]) -> Self {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(values.as_ptr().cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)))
+        }
+    }
+
+    #[inline(always)]
+    fn store_halves(self, halves: &mut [u8; 32]) {
+        unsafe {
+            let rounded = _mm512_cvtps_ph(self.0, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            _mm256_storeu_si256(halves.as_mut_ptr().cast(), rounded);
+        }
+    }
+
+    #[inline(always)]
+    fn butterfly<const STRIDE: usize>(self) -> Self {
+        let Self(v) = self;
+        unsafe {
+            let other = match STRIDE {
+                1 => _mm512_permute_ps(v, 0xB1),
+                2 => _mm512_permute_ps(v, 0x4E),
+                4 => _mm512_shuffle_f32x4(v, v, 0xB1),
+                _ => _mm512_shuffle_f32x4(v, v, 0x4E),
+            };
+            // Of lanes with the bit the sign is changed: a masked difference would be taken apart into shuffles.
+            let odd = match STRIDE {
+                1 => 0xAAAA,
+                2 => 0xCCCC,
+                4 => 0xF0F0,
+                _ => 0xFF00,
+            };
+            let signs = _mm512_castsi512_ps(_mm512_maskz_set1_epi32(odd, i32::MIN));
+            Self(_mm512_add_ps(other, _mm512_xor_ps(v, signs)))
+        }
     }
 
     #[inline(always)]

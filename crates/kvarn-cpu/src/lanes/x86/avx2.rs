@@ -2,15 +2,15 @@
 
 use std::arch::x86_64::*;
 
-use super::super::lanes::{Floats, Lanes};
+use crate::lanes::{Floats, Lanes};
 
 /// Integers, in two halves of 256 bits.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx2([__m256i; 2]);
+pub(crate) struct Avx2([__m256i; 2]);
 
 /// Floats, in two halves.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx2Floats([__m256; 2]);
+pub(crate) struct Avx2Floats([__m256; 2]);
 
 impl Lanes for Avx2 {
     type Floats = Avx2Floats;
@@ -187,6 +187,59 @@ impl Floats for Avx2Floats {
             _mm256_storeu_ps(at, self.0[0]);
             _mm256_storeu_ps(at.add(8), self.0[1]);
         }
+    }
+
+    #[inline(always)]
+    fn load_halves(halves: &[u8; 32]) -> Self {
+        let at: *const __m128i = halves.as_ptr().cast();
+        Self(unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at.add(1)))] })
+    }
+
+    #[inline(always)]
+    fn load_bfloats(values: &[u8; 32]) -> Self {
+        let at: *const __m128i = values.as_ptr().cast();
+        unsafe {
+            let (a, b) = (_mm_loadu_si128(at), _mm_loadu_si128(at.add(1)));
+            let (a, b) = (_mm256_cvtepu16_epi32(a), _mm256_cvtepu16_epi32(b));
+            Self([
+                _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)),
+            ])
+        }
+    }
+
+    #[inline(always)]
+    fn store_halves(self, halves: &mut [u8; 32]) {
+        let at: *mut __m128i = halves.as_mut_ptr().cast();
+        unsafe {
+            _mm_storeu_si128(at, _mm256_cvtps_ph(self.0[0], _MM_FROUND_TO_NEAREST_INT));
+            _mm_storeu_si128(at.add(1), _mm256_cvtps_ph(self.0[1], _MM_FROUND_TO_NEAREST_INT));
+        }
+    }
+
+    #[inline(always)]
+    fn butterfly<const STRIDE: usize>(self) -> Self {
+        let [a, b] = self.0;
+        if STRIDE == 8 {
+            return Self(unsafe { [_mm256_add_ps(a, b), _mm256_sub_ps(a, b)] });
+        }
+        let mut out = self.0;
+        for (out, v) in out.iter_mut().zip(self.0) {
+            unsafe {
+                let other = match STRIDE {
+                    1 => _mm256_permute_ps(v, 0xB1),
+                    2 => _mm256_permute_ps(v, 0x4E),
+                    _ => _mm256_permute2f128_ps(v, v, 1),
+                };
+                let (sum, difference) = (_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
+                *out = match STRIDE {
+                    1 => _mm256_blend_ps(sum, difference, 0xAA),
+                    2 => _mm256_blend_ps(sum, difference, 0xCC),
+                    _ => _mm256_blend_ps(sum, difference, 0xF0),
+                };
+            }
+        }
+        Self(out)
     }
 
     #[inline(always)]

@@ -2,15 +2,17 @@
 
 use std::array::from_fn;
 
-use super::lanes::{Floats, Lanes};
+use half::f16;
+
+use super::{Floats, Lanes};
 
 /// Sixteen integers.
 #[derive(Clone, Copy)]
-pub(super) struct Plain([u32; 16]);
+pub(crate) struct Plain([u32; 16]);
 
 /// Sixteen float32.
 #[derive(Clone, Copy)]
-pub(super) struct PlainFloats([f32; 16]);
+pub(crate) struct PlainFloats([f32; 16]);
 
 impl Lanes for Plain {
     type Floats = PlainFloats;
@@ -92,6 +94,28 @@ impl Floats for PlainFloats {
 
     fn store(self, values: &mut [f32; 16]) {
         *values = self.0;
+    }
+
+    fn load_halves(halves: &[u8; 32]) -> Self {
+        Self(from_fn(|lane| f16::from_le_bytes([halves[2 * lane], halves[2 * lane + 1]]).to_f32()))
+    }
+
+    fn load_bfloats(values: &[u8; 32]) -> Self {
+        let bits = |lane: usize| u32::from(u16::from_le_bytes([values[2 * lane], values[2 * lane + 1]]));
+        Self(from_fn(|lane| f32::from_bits(bits(lane) << 16)))
+    }
+
+    fn store_halves(self, halves: &mut [u8; 32]) {
+        for (half, lane) in halves.chunks_exact_mut(2).zip(self.0) {
+            half.copy_from_slice(&f16::from_f32(lane).to_le_bytes());
+        }
+    }
+
+    fn butterfly<const STRIDE: usize>(self) -> Self {
+        let other = |lane: usize| self.0[lane ^ STRIDE];
+        Self(from_fn(|lane| {
+            if lane & STRIDE == 0 { self.0[lane] + other(lane) } else { other(lane) - self.0[lane] }
+        }))
     }
 
     fn of_halves(quarters: [u64; 4]) -> Self {

@@ -1,10 +1,18 @@
-//! Sixteen lanes of 32 bits: what the integer products need of a processor.
+//! Sixteen lanes of 32 bits: what loops that compilers do not vectorise need of a processor.
 //!
 //! All implementations give the same integers and the same floats: there is no fused arithmetic, and sums of floats have one
 //! order. *Quarter* c of sixteen lanes are lanes 4 c to 4 c + 3.
 
+mod plain;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use plain::Plain;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
 /// Sixteen integers of 32 bits, or sixty-four bytes.
-pub(super) trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     type Floats: Floats<Integers = Self>;
 
     /// Lanes that are all `value`.
@@ -47,7 +55,7 @@ pub(super) trait Lanes: Copy {
 }
 
 /// Sixteen float32.
-pub(super) trait Floats: Copy {
+pub(crate) trait Floats: Copy {
     type Integers: Lanes<Floats = Self>;
 
     fn splat(value: f32) -> Self;
@@ -55,6 +63,19 @@ pub(super) trait Floats: Copy {
     fn load(values: &[f32; 16]) -> Self;
 
     fn store(self, values: &mut [f32; 16]);
+
+    /// Of sixteen halves.
+    fn load_halves(halves: &[u8; 32]) -> Self;
+
+    /// Of sixteen bfloat16.
+    fn load_bfloats(values: &[u8; 32]) -> Self;
+
+    /// As halves, rounded to nearest even; beyond their range infinite.
+    fn store_halves(self, halves: &mut [u8; 32]);
+
+    /// Lane i: the sum with lane i + `STRIDE` where i has not the bit `STRIDE`, else the difference, lane i - `STRIDE` less
+    /// lane i. `STRIDE`: 1, 2, 4 or 8.
+    fn butterfly<const STRIDE: usize>(self) -> Self;
 
     /// Of sixteen finite halves, four to a quarter.
     fn of_halves(quarters: [u64; 4]) -> Self;

@@ -1,0 +1,211 @@
+//! Rows of new keys and values, straight to their slot.
+
+use kvarn::codec::SlotType;
+
+use crate::features::{Level, level};
+use crate::lanes::{Floats, Lanes, Plain};
+use kvarn::DType;
+
+/// Elements of a vector.
+const LANES: usize = 16;
+/// Values beyond it would be counted: of a half, and of an input that was cut, as a rotation keeps the norm.
+const LARGEST: f32 = 65504.0;
+
+/// Rotates a row and stores it, rounded to the slot's type. False, and nothing done, if the head dim is not 64, 128 or 256, or
+/// if something of the row must be counted: what is not finite or saturates.
+///
+/// What is stored has the bits that [`kvarn::codec::Rotation`] and [`kvarn::codec::round_to_slot`] give.
+pub(crate) fn store_rotated(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use crate::lanes::{Avx2, Avx512};
+        macro_rules! compiled {
+            ($features:literal, $lanes:ty) => {{
+                #[target_feature(enable = $features)]
+                fn compiled(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
+                    store_with::<<$lanes as Lanes>::Floats>(from, dtype, to, slot)
+                }
+                // SAFETY: the features were found on this processor.
+                return unsafe { compiled(from, dtype, to, slot) };
+            }};
+        }
+        match level() {
+            Level::Avx512Vnni | Level::Avx512 => {
+                compiled!("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c", Avx512<false>)
+            }
+            Level::Avx2 => compiled!("avx2,fma,f16c", Avx2),
+            Level::Portable => {}
+        }
+    }
+    store_with::<<Plain as Lanes>::Floats>(from, dtype, to, slot)
+}
+
+#[inline(always)]
+fn store_with<F: Floats>(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
+    match to.len() / slot.bytes() {
+        64 => store::<F, 4>(from, dtype, to, slot),
+        128 => store::<F, 8>(from, dtype, to, slot),
+        256 => store::<F, 16>(from, dtype, to, slot),
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn store<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
+    assert_eq!(from.len(), LANES * VECTORS * dtype.bytes());
+    let mut row = [F::splat(0.0); VECTORS];
+    // Loops of a length that is known, so that the row stays in registers.
+    match dtype {
+        DType::Float16 => {
+            for index in 0..VECTORS {
+                row[index] = F::load_halves(from[32 * index..][..32].try_into().expect("32 bytes"));
+            }
+        }
+        DType::BFloat16 => {
+            for index in 0..VECTORS {
+                row[index] = F::load_bfloats(from[32 * index..][..32].try_into().expect("32 bytes"));
+            }
+        }
+        DType::Float32 => {
+            for index in 0..VECTORS {
+                let mut values = [0.0; LANES];
+                for (value, from) in values.iter_mut().zip(from[64 * index..][..64].as_chunks::<4>().0) {
+                    *value = f32::from_le_bytes(*from);
+                }
+                row[index] = F::load(&values);
+            }
+        }
+    }
+    rotate::<F, VECTORS>(&mut row);
+    let (mut largest, mut not_finite) = (F::splat(0.0), F::splat(0.0));
+    for vector in row {
+        largest = largest.larger_size(vector);
+        // NaN of what is not finite, which the largest may lose.
+        not_finite = not_finite.add(vector.sub(vector));
+    }
+    if largest.largest() > LARGEST || not_finite.sum() != 0.0 {
+        return false;
+    }
+    match slot {
+        SlotType::Float16 => {
+            for index in 0..VECTORS {
+                row[index].store_halves((&mut to[32 * index..][..32]).try_into().expect("32 bytes"));
+            }
+        }
+        SlotType::Float32 => {
+            for index in 0..VECTORS {
+                let mut values = [0.0; LANES];
+                row[index].store(&mut values);
+                for (value, to) in values.iter().zip(to[64 * index..][..64].as_chunks_mut::<4>().0) {
+                    *to = value.to_le_bytes();
+                }
+            }
+        }
+    }
+    true
+}
+
+/// As [`kvarn::codec::Rotation::apply`] rotates a head dim that is a power of two, in the same order.
+#[inline(always)]
+fn rotate<F: Floats, const VECTORS: usize>(row: &mut [F; VECTORS]) {
+    for vector in &mut *row {
+        *vector = vector.butterfly::<1>().butterfly::<2>().butterfly::<4>().butterfly::<8>();
+    }
+    across::<F, VECTORS, 1>(row);
+    across::<F, VECTORS, 2>(row);
+    across::<F, VECTORS, 4>(row);
+    across::<F, VECTORS, 8>(row);
+    let scale = F::splat((1.0 / ((LANES * VECTORS) as f64).sqrt()) as f32);
+    for vector in &mut *row {
+        *vector = vector.mul(scale);
+    }
+}
+
+/// Butterflies of vectors `STRIDE` apart.
+#[inline(always)]
+fn across<F: Floats, const VECTORS: usize, const STRIDE: usize>(row: &mut [F; VECTORS]) {
+    if STRIDE >= VECTORS {
+        return;
+    }
+    for index in 0..VECTORS {
+        if index & STRIDE == 0 {
+            let (a, b) = (row[index], row[index + STRIDE]);
+            (row[index], row[index + STRIDE]) = (a.add(b), a.sub(b));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+    use kvarn::Saturation;
+    use kvarn::codec::{Rotation, round_to_slot};
+
+    use super::*;
+
+    type Store = fn(&[u8], DType, &mut [u8], SlotType) -> bool;
+
+    fn paths() -> Vec<Store> {
+        vec![store_rotated, store_with::<<Plain as Lanes>::Floats>]
+    }
+
+    fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
+        match dtype {
+            DType::Float16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
+            DType::BFloat16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+            DType::Float32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        }
+    }
+
+    fn value(index: usize, seed: usize) -> f32 {
+        ((index * 7919 + seed * 104_729) % 2003) as f32 / 501.5 - 2.0
+    }
+
+    #[test]
+    fn rows_have_the_bits_of_the_rotation_and_the_slot() {
+        for path in paths() {
+            for (seed, head_dim) in [16, 64, 96, 128, 256].into_iter().enumerate() {
+                for dtype in [DType::Float16, DType::BFloat16, DType::Float32] {
+                    for (slot, out) in
+                        [(SlotType::Float16, DType::Float16), (SlotType::Float32, DType::Float32)]
+                    {
+                        for size in [1e-6, 1.0, 4000.0] {
+                            let values: Vec<f32> =
+                                (0..head_dim).map(|index| size * value(index, seed)).collect();
+                            let from = bytes_of(&values, dtype);
+                            let mut to = vec![7; head_dim * slot.bytes()];
+                            let stored = path(&from, dtype, &mut to, slot);
+                            assert_eq!(stored, [64, 128, 256].contains(&head_dim));
+                            if !stored {
+                                assert!(to.iter().all(|&byte| byte == 7));
+                                continue;
+                            }
+                            let mut row = vec![0.0; head_dim];
+                            // SAFETY: as many elements as the row has.
+                            unsafe { crate::dtype::load(dtype, from.as_ptr(), &mut row) };
+                            Rotation::new(head_dim).apply(&mut row);
+                            round_to_slot(&mut row, slot, &mut Saturation::default());
+                            assert_eq!(to, bytes_of(&row, out), "{head_dim} {dtype:?} {slot:?} {size}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_to_be_counted_is_left_alone() {
+        for path in paths() {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e9, 1e38] {
+                for at in [0, 1, 63, 127] {
+                    let mut values = [0.5; 128];
+                    values[at] = bad;
+                    let mut to = [7; 256];
+                    let from = bytes_of(&values, DType::Float32);
+                    assert!(!path(&from, DType::Float32, &mut to, SlotType::Float16), "{bad} {at}");
+                    assert_eq!(to, [7; 256]);
+                }
+            }
+        }
+    }
+}
