@@ -12,7 +12,7 @@ use crate::dtype::{load, slot_dtype, store};
 use crate::features::dispatch;
 use crate::pool::Pool;
 use crate::prefetch::{LINE, fetch_to_write};
-use crate::rows::store_rotated;
+use crate::rows::{rotate_rounded, store_rotated};
 
 dispatch! {
     /// What is done to rows before they are stored: non-finite elements become 0, then each row of `rows` is rotated and
@@ -31,6 +31,9 @@ fn store_precision_body<const FMA: bool>(
 ) {
     let mut saturation = Saturation::default();
     for row in rows.chunks_exact_mut(head_dim) {
+        if rotation.is_some() && rotate_rounded(row, slot) {
+            continue;
+        }
         *counts += finite(row);
         if let Some(rotation) = rotation {
             rotation.apply(row);

@@ -11,33 +11,43 @@ const LANES: usize = 16;
 /// Values beyond it would be counted: of a half, and of an input that was cut, as a rotation keeps the norm.
 const LARGEST: f32 = 65504.0;
 
+/// Compiles `$body`, generic over [`Floats`], for each instruction set, and calls the best one.
+macro_rules! with_floats {
+    ($body:ident($($arg:ident: $type:ty),*)) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::lanes::{Avx2, Avx512};
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+            fn avx512($($arg: $type),*) -> bool {
+                $body::<<Avx512<false> as Lanes>::Floats>($($arg),*)
+            }
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $type),*) -> bool {
+                $body::<<Avx2 as Lanes>::Floats>($($arg),*)
+            }
+            match level() {
+                // SAFETY: the features were found on this processor.
+                Level::Avx512Vnni | Level::Avx512 => return unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                Level::Avx2 => return unsafe { avx2($($arg),*) },
+                Level::Portable => {}
+            }
+        }
+        $body::<<Plain as Lanes>::Floats>($($arg),*)
+    }};
+}
+
 /// Rotates a row and stores it, rounded to the slot's type. False, and nothing done, if the head dim is not 64, 128 or 256, or
 /// if something of the row must be counted: what is not finite or saturates.
 ///
 /// What is stored has the bits that [`kvarn::codec::Rotation`] and [`kvarn::codec::round_to_slot`] give.
 pub(crate) fn store_rotated(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use crate::lanes::{Avx2, Avx512};
-        macro_rules! compiled {
-            ($features:literal, $lanes:ty) => {{
-                #[target_feature(enable = $features)]
-                fn compiled(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
-                    store_with::<<$lanes as Lanes>::Floats>(from, dtype, to, slot)
-                }
-                // SAFETY: the features were found on this processor.
-                return unsafe { compiled(from, dtype, to, slot) };
-            }};
-        }
-        match level() {
-            Level::Avx512Vnni | Level::Avx512 => {
-                compiled!("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c", Avx512<false>)
-            }
-            Level::Avx2 => compiled!("avx2,fma,f16c", Avx2),
-            Level::Portable => {}
-        }
-    }
-    store_with::<<Plain as Lanes>::Floats>(from, dtype, to, slot)
+    with_floats!(store_with(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType))
+}
+
+/// The same in place, in float32.
+pub(crate) fn rotate_rounded(row: &mut [f32], slot: SlotType) -> bool {
+    with_floats!(rotate_with(row: &mut [f32], slot: SlotType))
 }
 
 #[inline(always)]
@@ -48,6 +58,50 @@ fn store_with<F: Floats>(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotTyp
         256 => store::<F, 16>(from, dtype, to, slot),
         _ => false,
     }
+}
+
+#[inline(always)]
+fn rotate_with<F: Floats>(row: &mut [f32], slot: SlotType) -> bool {
+    match row.len() {
+        64 => rotate_in_place::<F, 4>(row, slot),
+        128 => rotate_in_place::<F, 8>(row, slot),
+        256 => rotate_in_place::<F, 16>(row, slot),
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn rotate_in_place<F: Floats, const VECTORS: usize>(values: &mut [f32], slot: SlotType) -> bool {
+    let mut row = [F::splat(0.0); VECTORS];
+    for index in 0..VECTORS {
+        row[index] = F::load(values[LANES * index..][..LANES].try_into().expect("16 elements"));
+    }
+    rotate::<F, VECTORS>(&mut row);
+    if !within(&row) {
+        return false;
+    }
+    for index in 0..VECTORS {
+        let mut rounded = row[index];
+        if slot == SlotType::Float16 {
+            let mut halves = [0; 2 * LANES];
+            rounded.store_halves(&mut halves);
+            rounded = F::load_halves(&halves);
+        }
+        rounded.store((&mut values[LANES * index..][..LANES]).try_into().expect("16 elements"));
+    }
+    true
+}
+
+/// Whether nothing of a rotated row must be counted.
+#[inline(always)]
+fn within<F: Floats, const VECTORS: usize>(row: &[F; VECTORS]) -> bool {
+    let (mut largest, mut not_finite) = (F::splat(0.0), F::splat(0.0));
+    for index in 0..VECTORS {
+        largest = largest.larger_size(row[index]);
+        // NaN of what is not finite, which the largest may lose.
+        not_finite = not_finite.add(row[index].sub(row[index]));
+    }
+    largest.largest() <= LARGEST && not_finite.sum() == 0.0
 }
 
 #[inline(always)]
@@ -77,13 +131,7 @@ fn store<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType, to: &mut [u
         }
     }
     rotate::<F, VECTORS>(&mut row);
-    let (mut largest, mut not_finite) = (F::splat(0.0), F::splat(0.0));
-    for vector in row {
-        largest = largest.larger_size(vector);
-        // NaN of what is not finite, which the largest may lose.
-        not_finite = not_finite.add(vector.sub(vector));
-    }
-    if largest.largest() > LARGEST || not_finite.sum() != 0.0 {
+    if !within(&row) {
         return false;
     }
     match slot {
@@ -180,12 +228,16 @@ mod tests {
                                 assert!(to.iter().all(|&byte| byte == 7));
                                 continue;
                             }
-                            let mut row = vec![0.0; head_dim];
+                            let (mut row, mut in_place) = (vec![0.0; head_dim], vec![0.0; head_dim]);
                             // SAFETY: as many elements as the row has.
                             unsafe { crate::dtype::load(dtype, from.as_ptr(), &mut row) };
                             Rotation::new(head_dim).apply(&mut row);
                             round_to_slot(&mut row, slot, &mut Saturation::default());
                             assert_eq!(to, bytes_of(&row, out), "{head_dim} {dtype:?} {slot:?} {size}");
+                            // SAFETY: as above.
+                            unsafe { crate::dtype::load(dtype, from.as_ptr(), &mut in_place) };
+                            assert!(rotate_rounded(&mut in_place, slot));
+                            assert_eq!(in_place, row);
                         }
                     }
                 }
@@ -204,6 +256,9 @@ mod tests {
                     let from = bytes_of(&values, DType::Float32);
                     assert!(!path(&from, DType::Float32, &mut to, SlotType::Float16), "{bad} {at}");
                     assert_eq!(to, [7; 256]);
+                    let mut row = values;
+                    assert!(!rotate_rounded(&mut row, SlotType::Float16));
+                    assert_eq!(row.map(f32::to_bits), values.map(f32::to_bits));
                 }
             }
         }
