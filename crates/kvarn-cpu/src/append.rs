@@ -10,37 +10,48 @@ use kvarn::{Config, Saturation};
 use crate::TensorRef;
 use crate::dtype::{load, slot_dtype, store};
 use crate::features::dispatch;
+use crate::lanes::BestTurn;
 use crate::pool::Pool;
 use crate::prefetch::{LINE, fetch_to_write};
-use crate::rows::{rotate_rounded, store_rotated};
+use crate::rows::{load_rotated, store_rotated};
 
 dispatch! {
-    /// What is done to rows before they are stored: non-finite elements become 0, then each row of `rows` is rotated and
-    /// rounded to the slot type. Adds to `counts`.
-    fn store_precision(rows: &mut [f32], head_dim: usize, rotation: Option<&Rotation>, slot: SlotType, counts: &mut EncodeCounts)
+    /// What is done to a row before it is stored: non-finite elements become 0, then it is rotated and rounded to the slot
+    /// type. Adds to `counts`.
+    fn store_precision(row: &mut [f32], rotation: Option<&Rotation>, slot: SlotType, counts: &mut EncodeCounts)
         = store_precision_body
 }
 
 #[inline(always)]
 fn store_precision_body<const FMA: bool>(
-    rows: &mut [f32],
-    head_dim: usize,
+    row: &mut [f32],
     rotation: Option<&Rotation>,
     slot: SlotType,
     counts: &mut EncodeCounts,
 ) {
     let mut saturation = Saturation::default();
-    for row in rows.chunks_exact_mut(head_dim) {
-        if rotation.is_some() && rotate_rounded(row, slot) {
-            continue;
-        }
-        *counts += finite(row);
-        if let Some(rotation) = rotation {
-            rotation.apply(row);
-        }
-        round_to_slot(row, slot, &mut saturation);
+    *counts += finite(row);
+    if let Some(rotation) = rotation {
+        rotation.apply(row);
     }
+    round_to_slot(row, slot, &mut saturation);
     counts.saturated += saturation.0;
+}
+
+/// Reads row `at` of new keys or values as they are stored. Adds to `counts`.
+pub(crate) fn read_row(
+    tensor: &TensorRef<'_>,
+    at: (usize, usize),
+    rotation: Option<&Rotation>,
+    slot: SlotType,
+    out: &mut [f32],
+    counts: &mut EncodeCounts,
+) {
+    if rotation.is_some() && load_rotated(tensor.row(at.0, at.1), tensor.dtype(), out, slot) {
+        return;
+    }
+    tensor.load_row(at.0, at.1, out);
+    store_precision(out, rotation, slot, counts);
 }
 
 dispatch! {
@@ -58,7 +69,7 @@ fn encode_tile_body<const FMA: bool>(
     record: &mut [u8],
     counts: &mut EncodeCounts,
 ) {
-    *counts += encoder.encode(k, v, record);
+    *counts += encoder.encode::<BestTurn>(k, v, record);
 }
 
 /// Asks for the memory that a sequence's writes of one KV head will go to, so that these do not wait one for the other: rows
@@ -97,9 +108,15 @@ pub(crate) fn append_head(
             for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
                 let out = &mut out[offset * head_dim..][..count * head_dim];
                 for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                    tensor.load_row(row + index, head, out);
+                    read_row(
+                        tensor,
+                        (row + index, head),
+                        rotation,
+                        pool.layout().slot_type,
+                        out,
+                        &mut counts,
+                    );
                 }
-                store_precision(out, head_dim, rotation, pool.layout().slot_type, &mut counts);
             }
             counts
         };

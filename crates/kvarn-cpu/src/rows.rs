@@ -45,9 +45,9 @@ pub(crate) fn store_rotated(from: &[u8], dtype: DType, to: &mut [u8], slot: Slot
     with_floats!(store_with(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType))
 }
 
-/// The same in place, in float32.
-pub(crate) fn rotate_rounded(row: &mut [f32], slot: SlotType) -> bool {
-    with_floats!(rotate_with(row: &mut [f32], slot: SlotType))
+/// The same to float32.
+pub(crate) fn load_rotated(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType) -> bool {
+    with_floats!(load_with(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType))
 }
 
 #[inline(always)]
@@ -61,25 +61,18 @@ fn store_with<F: Floats>(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotTyp
 }
 
 #[inline(always)]
-fn rotate_with<F: Floats>(row: &mut [f32], slot: SlotType) -> bool {
-    match row.len() {
-        64 => rotate_in_place::<F, 4>(row, slot),
-        128 => rotate_in_place::<F, 8>(row, slot),
-        256 => rotate_in_place::<F, 16>(row, slot),
+fn load_with<F: Floats>(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType) -> bool {
+    match to.len() {
+        64 => load::<F, 4>(from, dtype, to, slot),
+        128 => load::<F, 8>(from, dtype, to, slot),
+        256 => load::<F, 16>(from, dtype, to, slot),
         _ => false,
     }
 }
 
 #[inline(always)]
-fn rotate_in_place<F: Floats, const VECTORS: usize>(values: &mut [f32], slot: SlotType) -> bool {
-    let mut row = [F::splat(0.0); VECTORS];
-    for index in 0..VECTORS {
-        row[index] = F::load(values[LANES * index..][..LANES].try_into().expect("16 elements"));
-    }
-    rotate::<F, VECTORS>(&mut row);
-    if !within(&row) {
-        return false;
-    }
+fn load<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType) -> bool {
+    let Some(row) = rotated::<F, VECTORS>(from, dtype) else { return false };
     for index in 0..VECTORS {
         let mut rounded = row[index];
         if slot == SlotType::Float16 {
@@ -87,7 +80,7 @@ fn rotate_in_place<F: Floats, const VECTORS: usize>(values: &mut [f32], slot: Sl
             rounded.store_halves(&mut halves);
             rounded = F::load_halves(&halves);
         }
-        rounded.store((&mut values[LANES * index..][..LANES]).try_into().expect("16 elements"));
+        rounded.store((&mut to[LANES * index..][..LANES]).try_into().expect("16 elements"));
     }
     true
 }
@@ -104,8 +97,9 @@ fn within<F: Floats, const VECTORS: usize>(row: &[F; VECTORS]) -> bool {
     largest.largest() <= LARGEST && not_finite.sum() == 0.0
 }
 
+/// A row in registers, rotated; none if something of it must be counted.
 #[inline(always)]
-fn store<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
+fn rotated<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType) -> Option<[F; VECTORS]> {
     assert_eq!(from.len(), LANES * VECTORS * dtype.bytes());
     let mut row = [F::splat(0.0); VECTORS];
     // Loops of a length that is known, so that the row stays in registers.
@@ -131,9 +125,12 @@ fn store<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType, to: &mut [u
         }
     }
     rotate::<F, VECTORS>(&mut row);
-    if !within(&row) {
-        return false;
-    }
+    within(&row).then_some(row)
+}
+
+#[inline(always)]
+fn store<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
+    let Some(row) = rotated::<F, VECTORS>(from, dtype) else { return false };
     match slot {
         SlotType::Float16 => {
             for index in 0..VECTORS {
@@ -228,16 +225,15 @@ mod tests {
                                 assert!(to.iter().all(|&byte| byte == 7));
                                 continue;
                             }
-                            let (mut row, mut in_place) = (vec![0.0; head_dim], vec![0.0; head_dim]);
+                            let mut row = vec![0.0; head_dim];
                             // SAFETY: as many elements as the row has.
                             unsafe { crate::dtype::load(dtype, from.as_ptr(), &mut row) };
                             Rotation::new(head_dim).apply(&mut row);
                             round_to_slot(&mut row, slot, &mut Saturation::default());
                             assert_eq!(to, bytes_of(&row, out), "{head_dim} {dtype:?} {slot:?} {size}");
-                            // SAFETY: as above.
-                            unsafe { crate::dtype::load(dtype, from.as_ptr(), &mut in_place) };
-                            assert!(rotate_rounded(&mut in_place, slot));
-                            assert_eq!(in_place, row);
+                            let mut loaded = vec![0.0; head_dim];
+                            assert!(load_rotated(&from, dtype, &mut loaded, slot));
+                            assert_eq!(loaded, row);
                         }
                     }
                 }
@@ -256,9 +252,9 @@ mod tests {
                     let from = bytes_of(&values, DType::Float32);
                     assert!(!path(&from, DType::Float32, &mut to, SlotType::Float16), "{bad} {at}");
                     assert_eq!(to, [7; 256]);
-                    let mut row = values;
-                    assert!(!rotate_rounded(&mut row, SlotType::Float16));
-                    assert_eq!(row.map(f32::to_bits), values.map(f32::to_bits));
+                    let mut row = [7.0; 128];
+                    assert!(!load_rotated(&from, DType::Float32, &mut row, SlotType::Float16));
+                    assert_eq!(row, [7.0; 128]);
                 }
             }
         }

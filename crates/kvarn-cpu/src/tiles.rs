@@ -5,7 +5,7 @@ use kvarn::codec::{DecodeScratch, EncodeCounts, Rotation, TileEncoder, decode_ma
 use kvarn::pool::PoolError;
 use rayon::prelude::*;
 
-use crate::append::{encode_tile, store_precision};
+use crate::append::{encode_tile, read_row};
 use crate::threads::install;
 use crate::{Error, TensorRef};
 
@@ -45,10 +45,10 @@ pub fn encode_tiles(
         let (encoder, k_tile, v_tile) = workspace;
         let mut counts = EncodeCounts::default();
         for (tensor, out) in [(&k, &mut *k_tile), (&v, &mut *v_tile)] {
+            let slot = tensor.dtype().slot_type();
             for (token, row) in out.chunks_exact_mut(head_dim).enumerate() {
-                tensor.load_row(tile, token, row);
+                read_row(tensor, (tile, token), rotation.as_ref(), slot, row, &mut counts);
             }
-            store_precision(out, head_dim, rotation.as_ref(), tensor.dtype().slot_type(), &mut counts);
         }
         encode_tile(encoder, k_tile, v_tile, record, &mut counts);
         counts

@@ -11,6 +11,13 @@ pub(crate) use plain::Plain;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+/// How an encoder turns squares on this processor.
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::SseTurn as BestTurn;
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) use kvarn::codec::PlainTurn as BestTurn;
+
 /// Sixteen integers of 32 bits, or sixty-four bytes.
 pub(crate) trait Lanes: Copy {
     type Floats: Floats<Integers = Self>;

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use kvarn::Side;
-use kvarn::codec::{DecodeScratch, EncodeCounts, Rotation, SlotType, TileEncoder, decode_matrix};
+use kvarn::codec::{DecodeScratch, EncodeCounts, PlainTurn, Rotation, SlotType, TileEncoder, decode_matrix};
 use kvarn::record::RecordLayout;
 
 use crate::sequence::Token;
@@ -89,7 +89,7 @@ impl Codec {
                     tile.iter().flat_map(|token| layer.part(token, side, head)).copied().collect()
                 };
                 let (k, v) = (gather(Side::Key), gather(Side::Value));
-                *counts += layer.encoder.encode(&k, &v, &mut record);
+                *counts += layer.encoder.encode::<PlainTurn>(&k, &v, &mut record);
                 for side in [Side::Key, Side::Value] {
                     decode_matrix(layer.layout.matrix(side), &record, &mut self.scratch, &mut matrix);
                     for (index, token) in decoded.iter_mut().enumerate() {

@@ -2,7 +2,7 @@
 
 use super::absorb::{Parameters, round, round_in_place};
 use super::input::finite_rotated;
-use super::lanes::{LANES, channel_strips, lanes_of, repeat, strip_ranges, turn};
+use super::lanes::{LANES, Turn, channel_strips, lanes_of, repeat, rows_of_strip, strip_ranges, turn};
 use super::normalize::Normalizer;
 use super::quantize::{code_bytes, range_parameters, round_codes};
 use super::refit::{TokenLanes, prescale, refit_rows};
@@ -56,7 +56,7 @@ impl TileEncoder {
     /// # Panics
     /// If a slice has another length than the configuration says.
     #[inline(always)]
-    pub fn encode(&mut self, k: &[f32], v: &[f32], record: &mut [u8]) -> EncodeCounts {
+    pub fn encode<T: Turn>(&mut self, k: &[f32], v: &[f32], record: &mut [u8]) -> EncodeCounts {
         let (group, head_dim) = (self.layout.group(), self.layout.head_dim());
         assert_eq!(
             (k.len(), v.len(), record.len()),
@@ -67,12 +67,12 @@ impl TileEncoder {
         // K is quantised per channel, V per token.
         channel_strips(k, head_dim, &mut self.key.row_strips);
         counts += finite_rotated(&mut self.key.row_strips);
-        turn(&self.key.row_strips, group, &mut self.key.column_strips);
+        turn::<T>(&self.key.row_strips, group, &mut self.key.column_strips);
         channel_strips(v, head_dim, &mut self.value.column_strips);
         counts += finite_rotated(&mut self.value.column_strips);
-        turn(&self.value.column_strips, group, &mut self.value.row_strips);
+        turn::<T>(&self.value.column_strips, group, &mut self.value.row_strips);
         for (matrix, layout) in [(&mut self.key, &self.layout.key), (&mut self.value, &self.layout.value)] {
-            counts.saturated += matrix.encode(self.refit, self.iterations).0;
+            counts.saturated += matrix.encode::<T>(self.refit, self.iterations).0;
             matrix.encoded.write(layout, record);
         }
         counts
@@ -128,7 +128,7 @@ impl MatrixEncoder {
 
     /// Encodes what the strips hold.
     #[inline(always)]
-    fn encode(&mut self, refit: bool, iterations: usize) -> Saturation {
+    fn encode<T: Turn>(&mut self, refit: bool, iterations: usize) -> Saturation {
         let mut saturation = Saturation::default();
         let mut p = 1.0;
         if refit {
@@ -141,7 +141,7 @@ impl MatrixEncoder {
             }
         }
         self.normalizer.run(&self.row_strips, &self.column_strips, iterations);
-        self.quantize(refit);
+        self.quantize::<T>(refit);
         self.absorb(p);
         self.parameters.guard();
         if refit {
@@ -159,7 +159,7 @@ impl MatrixEncoder {
 
     /// Rounds every row of the normalised matrix; with refit, refits it.
     #[inline(always)]
-    fn quantize(&mut self, refit: bool) {
+    fn quantize<T: Turn>(&mut self, refit: bool) {
         let Normalizer { row_scale, column_scale, .. } = &self.normalizer;
         let columns = column_scale.len();
         for (repeated, scale) in self.column_scales.chunks_exact_mut(LANES).zip(column_scale) {
@@ -194,7 +194,7 @@ impl MatrixEncoder {
             parameters.0.copy_from_slice(&scale);
             parameters.1.copy_from_slice(&zero);
             code_bytes(codes, bytes);
-            rows_of_strip(bytes, &mut self.encoded.codes[index * LANES * columns..][..LANES * columns]);
+            rows_of_strip::<T>(bytes, &mut self.encoded.codes[index * LANES * columns..][..LANES * columns]);
         }
     }
 
@@ -260,17 +260,6 @@ impl MatrixEncoder {
                     zero[lane] *= factor;
                 }
             }
-        }
-    }
-}
-
-/// The rows `[16, columns]` of a strip of rows.
-#[inline(always)]
-fn rows_of_strip(strip: &[u8], rows: &mut [u8]) {
-    let columns = strip.len() / LANES;
-    for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
-        for (code, step) in row.iter_mut().zip(strip.chunks_exact(LANES)) {
-            *code = step[lane];
         }
     }
 }

@@ -102,19 +102,63 @@ pub(super) fn channel_strips(tile: &[f32], head_dim: usize, strips: &mut [f32]) 
     }
 }
 
+/// Elements of a square.
+const SQUARE: usize = LANES * LANES;
+
+/// How squares of 16 × 16 are turned: processors have instructions for it, which compilers do not find.
+pub trait Turn {
+    /// Column i of `square` becomes row i of `turned`.
+    fn floats(square: &[f32; SQUARE], turned: &mut [f32; SQUARE]);
+
+    /// The columns of `square`.
+    fn bytes(square: &[u8; SQUARE]) -> [[u8; LANES]; LANES];
+}
+
+/// Any processor.
+#[derive(Debug)]
+pub struct PlainTurn;
+
+impl Turn for PlainTurn {
+    #[inline(always)]
+    fn floats(square: &[f32; SQUARE], turned: &mut [f32; SQUARE]) {
+        for row in 0..LANES {
+            for lane in 0..LANES {
+                turned[row * LANES + lane] = square[lane * LANES + row];
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn bytes(square: &[u8; SQUARE]) -> [[u8; LANES]; LANES] {
+        let mut turned = [[0; LANES]; LANES];
+        for (row, turned) in turned.iter_mut().enumerate() {
+            for (lane, turned) in turned.iter_mut().enumerate() {
+                *turned = square[lane * LANES + row];
+            }
+        }
+        turned
+    }
+}
+
 /// Turns strips of `length` steps into strips of the other dimension.
 #[inline(always)]
-pub(super) fn turn<T: Copy>(strips: &[T], length: usize, turned: &mut [T]) {
-    const SQUARE: usize = LANES * LANES;
+pub(super) fn turn<T: Turn>(strips: &[f32], length: usize, turned: &mut [f32]) {
     let lines = strips.len() / length;
     for (i, strip) in strips.chunks_exact(LANES * length).enumerate() {
-        for (j, square) in strip.chunks_exact(SQUARE).enumerate() {
+        for (j, square) in strip.as_chunks::<SQUARE>().0.iter().enumerate() {
             let out = &mut turned[j * LANES * lines + i * SQUARE..][..SQUARE];
-            for row in 0..LANES {
-                for lane in 0..LANES {
-                    out[row * LANES + lane] = square[lane * LANES + row];
-                }
-            }
+            T::floats(square, out.try_into().expect("a square"));
+        }
+    }
+}
+
+/// The rows `[16, columns]` of a strip of rows.
+#[inline(always)]
+pub(super) fn rows_of_strip<T: Turn>(strip: &[u8], rows: &mut [u8]) {
+    let columns = strip.len() / LANES;
+    for (first, square) in strip.as_chunks::<SQUARE>().0.iter().enumerate() {
+        for (row, turned) in rows.chunks_exact_mut(columns).zip(T::bytes(square)) {
+            row[first * LANES..][..LANES].copy_from_slice(&turned);
         }
     }
 }

@@ -18,4 +18,5 @@ pub use decode::{DecodeScratch, decode_matrix};
 pub use encoder::{EncodeCounts, TileEncoder};
 pub use guard::RangeGuard;
 pub use input::{SlotType, finite, round_to_slot};
+pub use lanes::{PlainTurn, Turn};
 pub use rotation::Rotation;

@@ -7,6 +7,8 @@
 
 mod avx2;
 mod avx512;
+mod turn;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
+pub(crate) use turn::SseTurn;
