@@ -1,5 +1,6 @@
 //! A step: one forward pass of a batch over every layer of a pool.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvarn::codec::EncodeCounts;
@@ -10,7 +11,7 @@ use rayon::prelude::*;
 use crate::append::{append_head, prepare_writes};
 use crate::attend::attend;
 use crate::pool::Pool;
-use crate::threads::install;
+use crate::threads::{install, share};
 use crate::{Error, TensorMut, TensorRef};
 
 /// Rows of K and V, of all heads, that one thread stores without help.
@@ -71,11 +72,15 @@ impl Step {
                     let counts = |index: usize| one(&sequences[index / heads], index % heads);
                     let indices = 0..sequences.len() * heads;
                     install(|| indices.into_par_iter().map(counts).reduce(EncodeCounts::default, sum))
-                } else if plan.tokens * heads <= FEW_ROWS {
-                    // A row takes less time than handing it to another thread.
-                    sequences.iter().map(all).fold(EncodeCounts::default(), sum)
                 } else {
-                    install(|| sequences.par_iter().map(all).reduce(EncodeCounts::default, sum))
+                    let part = |part: Range<usize>| {
+                        sequences[part].iter().map(all).fold(EncodeCounts::default(), sum)
+                    };
+                    // A row takes less time than handing it to another thread.
+                    let few = plan.tokens * heads <= FEW_ROWS;
+                    let parts =
+                        if few { vec![part(0..sequences.len())] } else { share(sequences.len(), part) };
+                    parts.into_iter().fold(EncodeCounts::default(), sum)
                 };
                 self.pool.core().count(counts);
                 Ok(counts)

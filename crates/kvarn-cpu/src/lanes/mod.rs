@@ -93,7 +93,7 @@ pub(crate) trait Floats: Copy {
 
     fn mul(self, other: Self) -> Self;
 
-    /// The larger of the two sizes; any of the two where one is NaN.
+    /// The larger of `self`, which has no sign, and the size of `other`; NaN where one is NaN.
     fn larger_size(self, other: Self) -> Self;
 
     /// In each quarter: lanes 0, 2, 1, 3.
@@ -108,7 +108,7 @@ pub(crate) trait Floats: Copy {
     /// The sum of all lanes: each step adds the upper half to the lower.
     fn sum(self) -> f32;
 
-    /// The largest lane.
+    /// The largest of lanes without sign; NaN if one is NaN.
     fn largest(self) -> f32;
 
     /// The nearest integers, ties to even, of numbers below 2^22 in size.

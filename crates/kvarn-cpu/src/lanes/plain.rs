@@ -141,7 +141,8 @@ impl Floats for PlainFloats {
     }
 
     fn larger_size(self, other: Self) -> Self {
-        Self(from_fn(|lane| self.0[lane].abs().max(other.0[lane].abs())))
+        // Bits of sizes have their order, and those of NaN are above all.
+        Self(from_fn(|lane| f32::from_bits(self.0[lane].to_bits().max(other.0[lane].abs().to_bits()))))
     }
 
     fn swapped(self) -> Self {
@@ -167,7 +168,7 @@ impl Floats for PlainFloats {
     }
 
     fn largest(self) -> f32 {
-        self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+        f32::from_bits(self.0.into_iter().fold(0, |largest, lane| largest.max(lane.to_bits())))
     }
 
     fn nearest(self) -> Plain {

@@ -39,7 +39,6 @@ impl Factors {
             let x = load::<F>(x).interleaved();
             let value = x.mul(load(scale));
             zeros = zeros.add(x.mul(load(middle)));
-            // NaN may be lost here, and is found in the zeros, as a row's x is in both.
             largest = largest.larger_size(value);
             value.store(values.try_into().expect("16 elements"));
         }

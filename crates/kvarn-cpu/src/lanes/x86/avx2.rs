@@ -275,10 +275,12 @@ impl Floats for Avx2Floats {
     fn larger_size(self, other: Self) -> Self {
         let ([a, b], [c, d]) = (self.0, other.0);
         unsafe {
+            // As with AVX-512.
             let sign = _mm256_set1_ps(-0.0);
+            let (c, d) = (_mm256_andnot_ps(sign, c), _mm256_andnot_ps(sign, d));
             Self([
-                _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, c)),
-                _mm256_max_ps(_mm256_andnot_ps(sign, b), _mm256_andnot_ps(sign, d)),
+                _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(c))),
+                _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(b), _mm256_castps_si256(d))),
             ])
         }
     }
@@ -323,10 +325,10 @@ impl Floats for Avx2Floats {
     fn largest(self) -> f32 {
         let [a, b] = self.0;
         unsafe {
-            let eight = _mm256_max_ps(a, b);
-            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+            let eight = _mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b));
+            let four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+            let two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+            f32::from_bits(_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xB1))) as u32)
         }
     }
 

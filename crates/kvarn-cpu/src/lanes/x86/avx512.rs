@@ -211,7 +211,11 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
 
     #[inline(always)]
     fn larger_size(self, other: Self) -> Self {
-        Self(unsafe { _mm512_max_ps(_mm512_abs_ps(self.0), _mm512_abs_ps(other.0)) })
+        // Bits of sizes have their order, and those of NaN are above all.
+        Self(unsafe {
+            let size = _mm512_castps_si512(_mm512_abs_ps(other.0));
+            _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(self.0), size))
+        })
     }
 
     #[inline(always)]
@@ -247,7 +251,7 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
 
     #[inline(always)]
     fn largest(self) -> f32 {
-        unsafe { _mm512_reduce_max_ps(self.0) }
+        f32::from_bits(unsafe { _mm512_reduce_max_epu32(_mm512_castps_si512(self.0)) })
     }
 
     #[inline(always)]
