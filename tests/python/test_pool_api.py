@@ -286,7 +286,7 @@ def test_torch_tensors_of_every_type(dtype):
         q.double().transpose(0, 1), *repeated, is_causal=True
     )
     error = (out.double() - expected.transpose(0, 1)).norm() / expected.norm()
-    assert error < {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
+    assert error < {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-4}[dtype]
     assert (k2[:64].float() - k[:64].float()).abs().max() < 0.02  # sinks
 
 
