@@ -128,8 +128,9 @@ def test_beams(model, preset, prompt):
     """Beams diverge within a tile, across its end, and behind it."""
     settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 40, "do_sample": False}
     settings |= {"output_scores": True, "return_dict_in_generate": True, "eos_token_id": None}
+    # Of another prompt two beams are level, and change places by a rounding.
     found, expected = (
-        model.generate(tokens(2, prompt), past_key_values=made(model.config, preset), **settings)
+        model.generate(tokens(2, prompt, seed=2), past_key_values=made(model.config, preset), **settings)
         for made in (KVarNCache, FakeQuantCache)
     )
     assert_close(found.sequences_scores, expected.sequences_scores)
