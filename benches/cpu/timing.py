@@ -9,8 +9,8 @@ import torch
 COLD_BYTES = 256 << 20
 # Longer than threads of torch's OpenMP look for more work before they sleep.
 PAUSE_S = 0.008
-# How long the threads of a call are given other work before it: what a layer before would have done. Woken from
-# a pause, two of them may share one core of a virtual machine for a whole call.
+# How long the threads of a call are given other work before it: what a layer before would have done. Woken
+# from a pause, two of them may share one core of a virtual machine for a whole call.
 WAKE_S = 0.008
 # A call that would take longer in all its timed runs gets fewer of them, but LEAST_RUNS.
 BUDGET_S, LEAST_RUNS = 2.0, 2

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 48
 # Every order of attention and append: a prompt, long and short chunks, single tokens over two tile
 # boundaries.
-# Records are multiplied in integers of 16 bits.
-ATOL = 2e-4
 CHUNKS = [150, 40, 1, 1, 16, 17, 3, *[1] * 40, 90, 1]
+# Records are multiplied in integers of 16 bits.
+ATOL = 4e-4
 
 
 @pytest.fixture
