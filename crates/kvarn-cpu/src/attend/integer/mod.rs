@@ -104,63 +104,81 @@ fn multiply_with<L: Lanes>(
     parameters.read::<L::Floats>(layout, record, middle as f32);
     factors.resize_with(factors.len().max(columns), Factors::default);
     let factors = &mut factors[..columns];
-    let mut largest = 0.0_f32;
     for (column, factors) in factors.iter_mut().enumerate() {
         if !factors.make::<L::Floats>(&x.values[column * x.stride..][..layout.rows], parameters) {
             return false;
         }
-        largest = largest.max(factors.unit);
     }
     codes.resize(layout.rows * layout.columns, 0);
     unpack::<L>(layout, &record[layout.codes.clone()], codes);
     // Factors are off by a 12th of their unit's square, codes from the middle by a 12th of their range's, in the mean.
-    let error = largest * parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
-    let rough = layout.code_order.side() == Side::Key && error > LOGIT_ERROR;
+    let error_of_unit = parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
+    let logits = layout.code_order.side() == Side::Key;
     let mut ahead = Ahead::new(next, columns.div_ceil(TOGETHER) * layout.columns / 16);
-    let wide = layout.code_order.bits() == Bits::Eight;
-    for pass in 0..=usize::from(rough) {
-        if pass > 0 {
-            for factors in &mut *factors {
+    let codes = Codes { bytes: codes, wide: layout.code_order.bits() == Bits::Eight, middle };
+    let scale = &parameters.column_scale[..];
+    for (index, factors) in factors.chunks_mut(TOGETHER).enumerate() {
+        let stride = out.stride;
+        let values = &mut out.values[index * TOGETHER * stride..];
+        add_columns::<L>(codes, factors, vectors, scale, &mut MatrixMut { values, stride }, &mut ahead);
+        for (column, factors) in factors.iter_mut().enumerate() {
+            // Each column by itself: what it gets must not depend on the others.
+            if logits && factors.unit * error_of_unit > LOGIT_ERROR {
                 factors.refine::<L::Floats>();
-            }
-        }
-        for (index, factors) in factors.chunks(TOGETHER).enumerate() {
-            let mut out =
-                MatrixMut { values: &mut out.values[index * TOGETHER * out.stride..], stride: out.stride };
-            let (codes, scale) = (&codes[..], &parameters.column_scale[..]);
-            match (factors, wide) {
-                ([a, b], true) => {
-                    add::<L, true, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead);
-                }
-                ([a, b], false) => {
-                    add::<L, false, 2>(codes, [a, b], vectors, scale, middle, &mut out, &mut ahead);
-                }
-                ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, middle, &mut out, &mut ahead),
-                ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, middle, &mut out, &mut ahead),
-                _ => unreachable!("chunks of {TOGETHER}"),
+                let mut out = MatrixMut { values: &mut values[column * stride..], stride };
+                add_columns::<L>(codes, std::slice::from_ref(factors), vectors, scale, &mut out, &mut ahead);
             }
         }
     }
     true
 }
 
-/// Adds to `C` columns of `out` what factors and codes give.
+/// Codes of a matrix, unpacked.
+#[derive(Clone, Copy)]
+struct Codes<'a> {
+    bytes: &'a [u8],
+    /// Whether they need all bits of a byte.
+    wide: bool,
+    /// From which codes are counted.
+    middle: i32,
+}
+
+/// Adds to one or two columns of `out` what factors and codes give.
 #[inline(always)]
-fn add<L: Lanes, const WIDE: bool, const C: usize>(
-    codes: &[u8],
-    factors: [&Factors; C],
+fn add_columns<L: Lanes>(
+    codes: Codes<'_>,
+    factors: &[Factors],
     vectors: &mut Vec<[u8; 64]>,
     scale: &[f32],
-    middle: i32,
     out: &mut MatrixMut<'_>,
     ahead: &mut Ahead<'_>,
 ) {
-    let blocks = codes.len() / (16 * scale.len());
+    match (factors, codes.wide) {
+        ([a, b], true) => add::<L, true, 2>(codes, [a, b], vectors, scale, out, ahead),
+        ([a, b], false) => add::<L, false, 2>(codes, [a, b], vectors, scale, out, ahead),
+        ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, out, ahead),
+        ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, out, ahead),
+        _ => unreachable!("{TOGETHER} columns at most"),
+    }
+}
+
+/// Adds to `C` columns of `out` what factors and codes give.
+#[inline(always)]
+fn add<L: Lanes, const WIDE: bool, const C: usize>(
+    codes: Codes<'_>,
+    factors: [&Factors; C],
+    vectors: &mut Vec<[u8; 64]>,
+    scale: &[f32],
+    out: &mut MatrixMut<'_>,
+    ahead: &mut Ahead<'_>,
+) {
+    let middle = codes.middle;
+    let blocks = codes.bytes.len() / (16 * scale.len());
     vectors.resize(2 * C * blocks, [0; 64]);
     for (column, factors) in factors.iter().enumerate() {
         factors.spread::<L>(&mut vectors[2 * column..], 2 * C);
     }
-    for (at, codes) in codes.chunks_exact(blocks * FRAGMENT).enumerate() {
+    for (at, codes) in codes.bytes.chunks_exact(blocks * FRAGMENT).enumerate() {
         ahead.step();
         let mut high = [[L::splat(0); 4]; C];
         let mut low = [[L::splat(0); 4]; C];

@@ -155,6 +155,39 @@ fn what_is_zero_tiny_huge_or_not_finite() {
     }
 }
 
+#[test]
+fn a_column_is_the_same_alone_and_beside_others() {
+    for (bits, head_dim) in [(Bits::Two, 128), (Bits::Three, 64), (Bits::Four, 96), (Bits::Eight, 256)] {
+        let layout = RecordLayout::new(head_dim, 128, bits, bits);
+        let mut random = Random(11);
+        for matrix in [&layout.key, &layout.value] {
+            let record = random_record(&layout, matrix, &mut random);
+            // Logits of some columns need a second product, those of others do not.
+            let sizes = [1e-4, 1.0, 1e-3, 100.0, 1e-5];
+            let columns = sizes.len();
+            let x: Vec<f32> = sizes
+                .iter()
+                .flat_map(|size| vec![*size; matrix.rows])
+                .map(|size| size * random.number())
+                .collect();
+            for level in levels() {
+                let product = |x: &[f32], columns: usize| {
+                    let mut out = vec![0.0; columns * matrix.columns];
+                    let x = Matrix { values: x, stride: matrix.rows };
+                    let mut to = MatrixMut { values: &mut out, stride: matrix.columns };
+                    let mut scratch = Scratch::default();
+                    assert!(multiply(level, matrix, &record, x, &mut to, columns, &[], &mut scratch));
+                    out
+                };
+                let together = product(&x, columns);
+                for (column, x) in x.chunks_exact(matrix.rows).enumerate() {
+                    assert_eq!(product(x, 1), together[column * matrix.columns..][..matrix.columns]);
+                }
+            }
+        }
+    }
+}
+
 /// What a product with one record costs. Prints ns.
 #[test]
 #[ignore = "measures; run it with --release and --nocapture"]
