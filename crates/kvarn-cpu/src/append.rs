@@ -99,6 +99,12 @@ pub(crate) fn append_head(
 ) -> EncodeCounts {
     let head_dim = layer.shape.head_dim;
     let mut counts = EncodeCounts::default();
+    let stored = |write: &SlotWrite| {
+        !rotated && (0..write.count).all(|index| store_rows(pool, layer, head, [k, v], write, index))
+    };
+    if plan.copy.is_none() && plan.seals.is_empty() && plan.writes.iter().all(stored) {
+        return counts;
+    }
     WORKSPACE.with_borrow_mut(|workspace| {
         let Workspace { tile, encoder } = workspace;
         tile.resize(pool.layout().config.group(), head_dim);
@@ -125,11 +131,9 @@ pub(crate) fn append_head(
             tile.write_slot(pool, layer, head, (to, 0, pool.layout().config.group()));
         }
         for write in &plan.writes {
-            for index in 0..write.count {
-                if rotated || !store_rows(pool, layer, head, [k, v], write, index) {
-                    counts += read(tile, write.offset + index, write.row + index, 1);
-                    tile.write_slot(pool, layer, head, (write.slot, write.offset + index, 1));
-                }
+            if !stored(write) {
+                counts += read(tile, write.offset, write.row, write.count);
+                tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
             }
         }
         for seal in &plan.seals {

@@ -1,7 +1,7 @@
 //! Sixteen lanes of 32 bits: what loops that compilers do not vectorise need of a processor.
 //!
-//! All implementations give the same integers and the same floats: there is no fused arithmetic, and sums of floats have one
-//! order. *Quarter* c of sixteen lanes are lanes 4 c to 4 c + 3.
+//! All implementations give the same integers and the same floats: arithmetic is fused only where that rounds alike, and sums
+//! of floats have one order. *Quarter* c of sixteen lanes are lanes 4 c to 4 c + 3.
 
 mod plain;
 #[cfg(target_arch = "x86_64")]

@@ -231,12 +231,14 @@ impl Floats for Avx2Floats {
                     2 => _mm256_permute_ps(v, 0x4E),
                     _ => _mm256_permute2f128_ps(v, v, 1),
                 };
-                let (sum, difference) = (_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-                *out = match STRIDE {
-                    1 => _mm256_blend_ps(sum, difference, 0xAA),
-                    2 => _mm256_blend_ps(sum, difference, 0xCC),
-                    _ => _mm256_blend_ps(sum, difference, 0xF0),
+                let (one, minus) = (_mm256_set1_ps(1.0), _mm256_set1_ps(-1.0));
+                let signs = match STRIDE {
+                    1 => _mm256_blend_ps(one, minus, 0xAA),
+                    2 => _mm256_blend_ps(one, minus, 0xCC),
+                    _ => _mm256_blend_ps(one, minus, 0xF0),
                 };
+                // As with AVX-512.
+                *out = _mm256_fmadd_ps(v, signs, other);
             }
         }
         Self(out)

@@ -176,15 +176,15 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
                 4 => _mm512_shuffle_f32x4(v, v, 0xB1),
                 _ => _mm512_shuffle_f32x4(v, v, 0x4E),
             };
-            // Of lanes with the bit the sign is changed: a masked difference would be taken apart into shuffles.
             let odd = match STRIDE {
                 1 => 0xAAAA,
                 2 => 0xCCCC,
                 4 => 0xF0F0,
                 _ => 0xFF00,
             };
-            let signs = _mm512_castsi512_ps(_mm512_maskz_set1_epi32(odd, i32::MIN));
-            Self(_mm512_add_ps(other, _mm512_xor_ps(v, signs)))
+            // A product with 1 or -1 is exact: the sum is rounded as one without it.
+            let signs = _mm512_mask_blend_ps(odd, _mm512_set1_ps(1.0), _mm512_set1_ps(-1.0));
+            Self(_mm512_fmadd_ps(v, signs, other))
         }
     }
 
