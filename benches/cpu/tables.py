@@ -197,8 +197,9 @@ def document(runs):
         "Keys and values are random; of each call the median counts.\n\n"
         "- Attention: calls take turns in one process, each over cold memory. A read of 256 MB, torch's sum "
         "of float32, comes before each, and is what *plain read* means; then a pause until torch's threads "
-        "sleep. Peers and kvarn are checked against float64 on a small shape first. Sequences hold 64 tokens "
-        "fewer than the context says, so that the last tile is half full.\n"
+        "sleep, and other work that wakes kvarn's. Peers and kvarn are checked against float64 on a small "
+        "shape first. Sequences hold 64 tokens fewer than the context says, so that the last tile is half "
+        "full.\n"
         "- Encoding: a process for each number of threads.\n"
         "- Generation: caches are filled without a prompt and take turns of a few steps.",
         "## Bars",

@@ -1,8 +1,8 @@
 //! AVX2 and AVX-512, with and without VNNI.
 //!
 //! Methods are inlined into functions that are compiled for these extensions and called where the processor has them
-//! (`super::with_lanes`): that is what makes each intrinsic here sound. Closures are not: they would be compiled for the
-//! baseline, with a call for each intrinsic, so there are none here and in what calls this.
+//! (`attend::integer::multiply`, `rows`): that is what makes each intrinsic here sound. Closures are not: they would be
+//! compiled for the baseline, with a call for each intrinsic, so there are none here and in what calls this.
 #![allow(clippy::undocumented_unsafe_blocks)] // one reason for all, above
 
 mod avx2;
