@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvarn::pool::PoolError;
 use kvarn::tables::{SealRule, StepId};
 
-use crate::plan::{AttendKey, most_record_items};
+use crate::plan::{AttendKey, item_tiles, most_record_items};
 use crate::share::{Cost, Grid};
 use crate::upload::{StepBuffer, Words};
 use crate::workspace::Workspace;
@@ -175,6 +175,12 @@ impl StepShape {
         let hold = self.counts.iter().copied().max().unwrap_or(0);
         let slots = most_slots(rule, hold) * self.query_blocks(key);
         cost.of(self.items(rule, key), tiles, slots * rule.group())
+    }
+
+    /// What an item of its longest sequences reads of one KV head.
+    pub(crate) fn largest(&self, rule: &SealRule, key: AttendKey, cost: Cost) -> u64 {
+        let tiles = item_tiles(self.tokens, rule.group(), key).min(rule.tiles(self.tokens));
+        cost.of(1, tiles, 0)
     }
 
     fn query_blocks(&self, key: AttendKey) -> usize {

@@ -46,13 +46,14 @@ proptest! {
         resident in 1..400_usize,
         fixed in any::<bool>(),
         more in 0..3_u64,
+        room_for in 0..500_000_u64,
     ) {
         let plan = plan(&blocks);
         let work = all(&blocks, kv_heads);
         let cost_of = |item: i32| COST.of_item(&plan.items[item as usize * ITEM_WORDS..][..ITEM_WORDS]);
         let total: u64 = work.iter().map(|&(item, _)| cost_of(item)).sum();
         let grid = Grid { resident, room: None };
-        let grid = if fixed { grid.with_room(total + more * COST.record * resident as u64 * 20, COST) } else { grid };
+        let grid = if fixed { grid.with_room(total + more * COST.record * resident as u64 * 20, room_for, COST) } else { grid };
         let made = shares(&plan.items, 0, kv_heads, grid, COST);
         let largest = work.iter().map(|&(item, _)| cost_of(item)).max().unwrap_or(0);
 
@@ -68,8 +69,8 @@ proptest! {
             prop_assert_eq!((share[0], share[1]), work[at]);
             prop_assert_eq!(&share[4..], &plan.items[share[0] as usize * ITEM_WORDS..][..ITEM_WORDS]);
             let mine: u64 = work[at..at + count].iter().map(|&(item, _)| cost_of(item)).sum();
-            let fair = (total / resident as u64).max(SHARE_RECORDS * COST.record);
-            prop_assert!(mine <= fair + largest + 1, "{} of {}", mine, fair);
+            let fair = total.div_ceil(resident as u64).max(LEAST_RECORDS * COST.record);
+            prop_assert!(mine <= fair + largest, "{} of {}", mine, fair);
             at += count;
         }
         prop_assert_eq!(at, work.len());
@@ -80,6 +81,38 @@ proptest! {
             prop_assert!(made.chunks_exact(SHARE_WORDS).all(|share| share[2] <= 1), "few pieces: one each");
         }
     }
+}
+
+#[test]
+fn waves_take_less_and_less() {
+    // Pieces of two records, which cost three.
+    let plan = plan(&vec![vec![(2, 0); 10]; 400]);
+    let grid = Grid { resident: 10, room: None };
+    let pieces: Vec<i32> =
+        shares(&plan.items, 0, 1, grid, COST).chunks_exact(SHARE_WORDS).map(|share| share[2]).collect();
+    assert_eq!(pieces[..10], [360; 10], "nine tenths of 4,000");
+    assert_eq!(pieces[10..20], [36; 10], "of 400");
+    assert_eq!(pieces[20..30], [3; 10], "of 40");
+    assert_eq!(pieces[30..], [2; 5], "even, and a piece more");
+}
+
+#[test]
+fn large_pieces_are_not_doubled_up_in_one_wave() {
+    // Twelve pieces for ten blocks: two of them would have two in one wave.
+    let plan = plan(&[vec![(20, 0); 12]]);
+    let grid = Grid { resident: 10, room: None };
+    assert_eq!(shares(&plan.items, 0, 1, grid, COST).len(), 12 * SHARE_WORDS);
+    let one_wave = Grid { resident: 10, room: Some(10) };
+    assert_eq!(shares(&plan.items, 0, 1, one_wave, COST).len(), 10 * SHARE_WORDS, "no room for more");
+}
+
+#[test]
+fn little_work_is_one_wave() {
+    let plan = plan(&vec![vec![(3, 0); 10]; 8]);
+    let grid = Grid { resident: 10, room: None };
+    let made = shares(&plan.items, 0, 1, grid, COST);
+    assert!(made.chunks_exact(SHARE_WORDS).all(|share| share[2] == 8));
+    assert_eq!(made.len(), 10 * SHARE_WORDS);
 }
 
 #[test]

@@ -106,10 +106,10 @@ impl Step {
         let (item_count, parts) = most.map_or((arrays.count(), arrays.parts), |most| (most, most));
         let cost = Cost { record: at.config.layout().record_bytes as u64, token: 4 * head_dim as u64 };
         let grid = Grid { resident, room: None };
-        let grid = self
-            .shape
-            .as_ref()
-            .map_or(grid, |shape| grid.with_room(kv_heads as u64 * shape.cost(rule, key, cost), cost));
+        let grid = self.shape.as_ref().map_or(grid, |shape| {
+            let total = kv_heads as u64 * shape.cost(rule, key, cost);
+            grid.with_room(total, shape.largest(rule, key, cost), cost)
+        });
         let (shares, blocks) = launches(&arrays, kv_heads, grid, cost);
         let bytes = parts * part_bytes(kv_heads, columns, head_dim);
         let counters = parts * kv_heads;
