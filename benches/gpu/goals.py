@@ -186,12 +186,13 @@ GOALS = (*_attention(), *_codec(), *_rest())
 
 STREAM = (
     "**Attention over large caches.** In an experiment apart, ncu at 32 × 32768 (1.74 GHz, samples of the "
-    "program counter): two thirds of the samples lie in the loops over tiles. With k2v2 their schedulers issue "
-    "in about three of four cycles: the masks that unpack codes are 515 of some 1270 instructions a tile, "
-    "on a unit that takes one every second cycle. With k4v2 a seventh of all samples waits for "
-    "records. Of the rest a tenth waits at barriers behind pieces, for the slowest warp; slots take three in a "
-    "hundred. Longer pieces would help large batches by a few percent and make one sequence slower: how a "
-    "sequence is cut must not depend on the batch. The goals against peers are missed by the same time."
+    "program counter): two thirds of the samples lie in the loops over tiles. With k2v2 their schedulers "
+    "issue in about three of four cycles: the masks that unpack codes are 515 of some 1270 instructions a "
+    "tile, on a unit that takes one every second cycle. With k4v2 a seventh of all samples waits for "
+    "records. Of the rest a tenth waits at barriers behind pieces, for the slowest warp; slots take three "
+    "in a hundred. Longer pieces would help large batches by a few percent and make one sequence slower: "
+    "how a sequence is cut must not depend on the batch. The goals against peers are missed by the same "
+    "time."
 )
 
 SIXTEEN = (
