@@ -32,8 +32,8 @@ impl Pool {
         slot_type: SlotType,
     ) -> Result<Arc<Self>, Error> {
         let core = PoolCore::new(PoolLayout::new(config, layers, pages, slots, slot_type)?)?;
-        let pages = HostMemory::new(core.layout().page_memory, "pages")?;
-        let slots = HostMemory::new(core.layout().slot_memory, "slots")?;
+        let pages = HostMemory::new(core.layout().page_memory, layers.len(), "pages")?;
+        let slots = HostMemory::new(core.layout().slot_memory, layers.len(), "slots")?;
         Ok(Arc::new(Self { core, pages, slots }))
     }
 

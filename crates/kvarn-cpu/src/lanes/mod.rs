@@ -111,6 +111,9 @@ pub(crate) trait Floats: Copy {
     /// The largest of lanes without sign; NaN if one is NaN.
     fn largest(self) -> f32;
 
+    /// Whether all lanes, which have no sign, are `limit` at most; not if one is NaN.
+    fn at_most(self, limit: f32) -> bool;
+
     /// The nearest integers, ties to even, of numbers below 2^22 in size.
     fn nearest(self) -> Self::Integers;
 }

@@ -171,6 +171,10 @@ impl Floats for PlainFloats {
         f32::from_bits(self.0.into_iter().fold(0, |largest, lane| largest.max(lane.to_bits())))
     }
 
+    fn at_most(self, limit: f32) -> bool {
+        self.largest() <= limit
+    }
+
     fn nearest(self) -> Plain {
         // Adding it leaves the integer in the lowest bits.
         const ROUND: f32 = 12_582_912.0;

@@ -2,7 +2,9 @@
 
 use super::absorb::{Parameters, round, round_in_place};
 use super::input::finite_rotated;
-use super::lanes::{LANES, Turn, channel_strips, lanes_of, repeat, rows_of_strip, strip_ranges, turn};
+use super::lanes::{
+    Aligned, LANES, Turn, channel_strips, lanes_of, repeat, rows_of_strip, strip_ranges, turn,
+};
 use super::normalize::Normalizer;
 use super::quantize::{code_bytes, range_parameters, round_codes};
 use super::refit::{TokenLanes, prescale, refit_rows};
@@ -85,19 +87,19 @@ struct MatrixEncoder {
     side: Side,
     max_code: f32,
     /// m divided by the prescale, in row strips.
-    row_strips: Vec<f32>,
+    row_strips: Aligned,
     /// m divided by the prescale, in column strips.
-    column_strips: Vec<f32>,
+    column_strips: Aligned,
     /// A strip of rows, divided by column and row scales.
-    balanced: Vec<f32>,
+    balanced: Aligned,
     /// Its codes as float32 integers.
-    codes: Vec<f32>,
+    codes: Aligned,
     /// The column scales of each element of a strip.
-    column_scales: Vec<f32>,
+    column_scales: Aligned,
     /// Scales and zero points of each element of a strip.
-    repeated: (Vec<f32>, Vec<f32>),
+    repeated: (Aligned, Aligned),
     /// What a strip of tokens decodes to.
-    reconstructed: Vec<f32>,
+    reconstructed: Aligned,
     /// All codes, in row strips.
     code_strips: Vec<u8>,
     normalizer: Normalizer,
@@ -108,7 +110,8 @@ struct MatrixEncoder {
 impl MatrixEncoder {
     fn new(side: Side, layout: &RecordLayout) -> Self {
         let layout = layout.matrix(side);
-        let (elements, strip) = (vec![0.0; layout.rows * layout.columns], vec![0.0; LANES * layout.columns]);
+        let (elements, strip) =
+            (Aligned::zeros(layout.rows * layout.columns), Aligned::zeros(LANES * layout.columns));
         Self {
             side,
             max_code: f32::from(layout.code_order.bits().max_code()),
@@ -118,7 +121,7 @@ impl MatrixEncoder {
             codes: strip.clone(),
             column_scales: strip.clone(),
             repeated: (strip.clone(), strip),
-            reconstructed: vec![0.0; LANES * layout.rows.max(layout.columns)],
+            reconstructed: Aligned::zeros(LANES * layout.rows.max(layout.columns)),
             code_strips: vec![0; layout.rows * layout.columns],
             normalizer: Normalizer::new(layout.rows, layout.columns),
             parameters: Parameters::new(layout.rows, layout.columns),
@@ -135,8 +138,8 @@ impl MatrixEncoder {
             p = prescale(&self.row_strips, &self.parameters.column_scale);
             // Exact: p is a power of two.
             for strips in [&mut self.row_strips, &mut self.column_strips] {
-                for value in strips {
-                    *value /= p;
+                for value in strips.iter_mut() {
+                    *value *= 1.0 / p;
                 }
             }
         }

@@ -4,7 +4,50 @@
 //! strips. What is found for each line then takes no sum over the lanes of a register, and a strip of 128 tokens or
 //! channels stays in the nearest cache. Every size is a multiple of 16.
 
+use std::ops::{Deref, DerefMut};
+
 pub(super) const LANES: usize = 16;
+
+/// Values that begin at a multiple of a cache line: a register of that size is then loaded from one line, not two.
+#[derive(Debug)]
+pub(super) struct Aligned {
+    room: Vec<f32>,
+    first: usize,
+    length: usize,
+}
+
+impl Aligned {
+    pub(super) fn zeros(length: usize) -> Self {
+        const LINE: usize = 64;
+        let room = vec![0.0; length + LINE / size_of::<f32>()];
+        let first = room.as_ptr().align_offset(LINE).min(room.len() - length);
+        Self { room, first, length }
+    }
+}
+
+impl Clone for Aligned {
+    fn clone(&self) -> Self {
+        let mut cloned = Self::zeros(self.length);
+        cloned.copy_from_slice(self);
+        cloned
+    }
+}
+
+impl Deref for Aligned {
+    type Target = [f32];
+
+    #[inline(always)]
+    fn deref(&self) -> &[f32] {
+        &self.room[self.first..][..self.length]
+    }
+}
+
+impl DerefMut for Aligned {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.room[self.first..][..self.length]
+    }
+}
 
 /// One value of each lane.
 pub(super) type Lanes = [f32; LANES];
@@ -37,6 +80,32 @@ pub(super) fn strip_products(a: &[f32], b: &[f32], f: impl Fn(usize, f32, f32) -
         add(&mut parts.3, &a[3 * LANES..], |lane, value| f(lane, value, b[3 * LANES + lane]));
     }
     total(parts.0, parts.1, parts.2, parts.3)
+}
+
+/// For each lane the sum and the sum of squares of `value * of - shift` along a strip.
+#[inline(always)]
+pub(super) fn strip_moments(strip: &[f32], of: &[f32], shift: &Lanes) -> (Lanes, Lanes) {
+    let (mut sum_a, mut sum_b) = ([0.0; LANES], [0.0; LANES]);
+    let (mut squares_a, mut squares_b) = ([0.0; LANES], [0.0; LANES]);
+    // Two parts: more would not stay in the registers of AVX2.
+    for (values, of) in strip.chunks_exact(2 * LANES).zip(of.chunks_exact(2)) {
+        add_moments(&mut sum_a, &mut squares_a, &values[..LANES], of[0], shift);
+        add_moments(&mut sum_b, &mut squares_b, &values[LANES..], of[1], shift);
+    }
+    for lane in 0..LANES {
+        sum_a[lane] += sum_b[lane];
+        squares_a[lane] += squares_b[lane];
+    }
+    (sum_a, squares_a)
+}
+
+#[inline(always)]
+fn add_moments(sum: &mut Lanes, squares: &mut Lanes, values: &[f32], of: f32, shift: &Lanes) {
+    for lane in 0..LANES {
+        let value = values[lane] * of - shift[lane];
+        sum[lane] += value;
+        squares[lane] += value * value;
+    }
 }
 
 #[inline(always)]

@@ -335,6 +335,17 @@ impl Floats for Avx2Floats {
     }
 
     #[inline(always)]
+    fn at_most(self, limit: f32) -> bool {
+        let [a, b] = self.0;
+        unsafe {
+            // NaN, whose bits are the larger ones, stays.
+            let larger =
+                _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+            _mm256_movemask_ps(_mm256_cmp_ps(larger, _mm256_set1_ps(limit), _CMP_NLE_UQ)) == 0
+        }
+    }
+
+    #[inline(always)]
     fn nearest(self) -> Avx2 {
         let [a, b] = self.0;
         Avx2(unsafe { [_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)] })

@@ -255,6 +255,11 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
     }
 
     #[inline(always)]
+    fn at_most(self, limit: f32) -> bool {
+        unsafe { _mm512_cmp_ps_mask(self.0, _mm512_set1_ps(limit), _CMP_NLE_UQ) == 0 }
+    }
+
+    #[inline(always)]
     fn nearest(self) -> Self::Integers {
         Avx512(unsafe { _mm512_cvtps_epi32(self.0) })
     }
