@@ -246,9 +246,10 @@ class Pool:
         """Saves a sequence: its records, its slots and its lengths, with checksums; layout: docs/format.md.
 
         The bytes are the same on every device, wherever the sequence lies in the pool. Nothing is changed:
-        held tokens are saved, and stay, uncommitted. An offloaded sequence is saved from where it is. On CUDA
-        the copy comes after the work of torch's current stream, and is waited for. Other threads may use the
-        pool meanwhile; a step of this sequence then takes one slot more, if its last one is not full.
+        held tokens are saved, and stay, uncommitted. An offloaded sequence is saved from where it is; of any
+        other, host memory holds a copy, as large as the file, until it is written. On CUDA the copy comes
+        after the work of torch's current stream, and is waited for. Other threads may use the pool meanwhile;
+        a step of this sequence then takes one slot more, if its last one is not full.
 
         Args:
             sequence: The sequence.
