@@ -1,13 +1,12 @@
 //! Encoding of one tile.
 
 use super::absorb::{Parameters, round, round_in_place};
+use super::aligned::Aligned;
 use super::input::finite_rotated;
-use super::lanes::{
-    Aligned, LANES, Turn, channel_strips, lanes_of, repeat, rows_of_strip, strip_ranges, turn,
-};
+use super::lanes::{LANES, Turn, channel_strips, lanes_of, repeat, rows_of_strip, strip_ranges, turn};
 use super::normalize::Normalizer;
 use super::quantize::{code_bytes, range_parameters, round_codes};
-use super::refit::{TokenLanes, prescale, refit_rows};
+use super::refit::{TokenLanes, divide, prescale, refit_rows};
 use crate::record::{EncodedMatrix, RecordLayout};
 use crate::{Config, Saturation, Side};
 
@@ -136,12 +135,8 @@ impl MatrixEncoder {
         let mut p = 1.0;
         if refit {
             p = prescale(&self.row_strips, &self.parameters.column_scale);
-            // Exact: p is a power of two.
-            for strips in [&mut self.row_strips, &mut self.column_strips] {
-                for value in strips.iter_mut() {
-                    *value *= 1.0 / p;
-                }
-            }
+            divide(&mut self.row_strips, p);
+            divide(&mut self.column_strips, p);
         }
         self.normalizer.run(&self.row_strips, &self.column_strips, iterations);
         self.quantize::<T>(refit);

@@ -4,50 +4,7 @@
 //! strips. What is found for each line then takes no sum over the lanes of a register, and a strip of 128 tokens or
 //! channels stays in the nearest cache. Every size is a multiple of 16.
 
-use std::ops::{Deref, DerefMut};
-
 pub(super) const LANES: usize = 16;
-
-/// Values that begin at a multiple of a cache line: a register of that size is then loaded from one line, not two.
-#[derive(Debug)]
-pub(super) struct Aligned {
-    room: Vec<f32>,
-    first: usize,
-    length: usize,
-}
-
-impl Aligned {
-    pub(super) fn zeros(length: usize) -> Self {
-        const LINE: usize = 64;
-        let room = vec![0.0; length + LINE / size_of::<f32>()];
-        let first = room.as_ptr().align_offset(LINE).min(room.len() - length);
-        Self { room, first, length }
-    }
-}
-
-impl Clone for Aligned {
-    fn clone(&self) -> Self {
-        let mut cloned = Self::zeros(self.length);
-        cloned.copy_from_slice(self);
-        cloned
-    }
-}
-
-impl Deref for Aligned {
-    type Target = [f32];
-
-    #[inline(always)]
-    fn deref(&self) -> &[f32] {
-        &self.room[self.first..][..self.length]
-    }
-}
-
-impl DerefMut for Aligned {
-    #[inline(always)]
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.room[self.first..][..self.length]
-    }
-}
 
 /// One value of each lane.
 pub(super) type Lanes = [f32; LANES];

@@ -4,7 +4,8 @@
 //! accumulation of errors in decoding. Prescale keeps small tiles off the normalisation's lower clip, row refit fits scale
 //! and zero point to the codes by least squares, and the token scale makes `⟨x̂, x⟩ = ⟨x, x⟩` for every token.
 
-use super::lanes::{Aligned, LANES, Lanes, repeat, strip_products, strip_sums};
+use super::aligned::Aligned;
+use super::lanes::{LANES, Lanes, repeat, strip_products, strip_sums};
 use super::quantize::round_codes;
 
 /// Rounds of least squares and new codes.
@@ -26,6 +27,22 @@ pub(super) fn prescale(strips: &[f32], line: &[f32]) -> f32 {
     }
     let std = (squares / (count - 1.0)).sqrt();
     if std > 0.0 && std.is_finite() { std.log2().floor().exp2() / 4.0 } else { 1.0 }
+}
+
+/// Divides by a power of two, which is exact, as is a product with its inverse, and that is quicker.
+#[inline(always)]
+pub(super) fn divide(values: &mut [f32], power: f32) {
+    let inverse = 1.0 / power;
+    if inverse.is_finite() {
+        for value in values {
+            *value *= inverse;
+        }
+    } else {
+        // Below the normal numbers.
+        for value in values {
+            *value /= power;
+        }
+    }
 }
 
 /// Refits a strip of rows: least squares for scale and zero point given the codes, then codes again; `ROUNDS` times.
@@ -117,5 +134,23 @@ impl TokenLanes {
     #[inline(always)]
     pub(super) const fn lane(&self, lane: usize) -> TokenSums {
         TokenSums { mm: self.mm[lane], rm: self.rm[lane], rr: self.rr[lane] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn division_by_powers_of_two_is_exact() {
+        for exponent in -149..=127 {
+            let power = 2_f64.powi(exponent) as f32;
+            for size in [1.0, 0.3, -7.0, 1e-20] {
+                let value = power * size;
+                let mut values = [value; 16];
+                divide(&mut values, power);
+                assert_eq!(values, [value / power; 16], "{value:e} by 2^{exponent}");
+            }
+        }
     }
 }
