@@ -13,26 +13,19 @@ import tempfile
 import kvarn
 import numpy as np
 
+sys.path.append(str(pathlib.Path(__file__).parent / "transformers"))
+from peak_memory import ProcessMemory
+
 LAYERS, KV_HEADS, HEADS, HEAD_DIM = 8, 8, 8, 128
 TOKENS, CHUNK = 8192, 512
 PRESET = "kvarn_k4v2_g128"
 
 
-def resident(field):
-    """Bytes of a line of the process's status."""
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"no {field} in /proc/self/status")
-
-
 def peak_of(call):
     """Peak of resident memory during a call, over what was resident before."""
-    # 5 sets the high-water mark back to what is resident now.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    memory = ProcessMemory()
     call()
-    return resident("VmHWM") - before
+    return memory.peak()
 
 
 def rows(tokens, heads):
