@@ -6,6 +6,7 @@ precision would be 33.6 MB, all records 57 MB.
 """
 
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import kvarn
 import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parent / "transformers"))
-from peak_memory import ProcessMemory
+from peak_memory import ALLOCATOR, ProcessMemory
 
 LAYERS, KV_HEADS, HEADS, HEAD_DIM = 8, 8, 8, 128
 TOKENS, CHUNK = 8192, 512
@@ -80,4 +81,7 @@ def main():
 
 
 if __name__ == "__main__":
+    if not ALLOCATOR.items() <= os.environ.items():
+        # Read when a process begins.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     main()

@@ -1,14 +1,12 @@
 """No call of a CPU pool holds a second copy of what is stored."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pool_memory
 import pytest
-from peak_memory import ALLOCATOR
 
 # Rows, outputs and what threads work with; a layer's K and V in half precision would be 33.6 MB.
 MOST = 6e6
@@ -21,7 +19,7 @@ MOST = 6e6
 def test_no_call_copies_what_is_stored(capsys):
     # A process of its own: what others left to the allocator would be used first.
     line = [sys.executable, pool_memory.__file__]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | ALLOCATOR)
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     peaks, image = found["peaks"], found["image"]
     with capsys.disabled():
