@@ -6,6 +6,7 @@
 //! Source of the method: KVarN, arXiv 2606.03458.
 #![forbid(unsafe_code)]
 
+mod aligned;
 mod bits;
 mod config;
 mod dtype;
@@ -19,6 +20,7 @@ pub mod pool;
 pub mod record;
 pub mod tables;
 
+pub use aligned::Aligned;
 pub use bits::Bits;
 pub use config::{Config, ConfigOptions, GROUPS, HEAD_DIMS};
 pub use dtype::DType;

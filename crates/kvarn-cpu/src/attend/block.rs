@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use kvarn::Aligned;
 use kvarn::pool::AttendSettings;
 use kvarn::tables::SequencePlan;
 
@@ -13,7 +14,7 @@ use crate::TensorRef;
 /// Rotated, scaled queries: `columns = tokens × group`, token by token.
 pub(super) struct QueryBlock {
     /// `[columns, head_dim]`. Without softcap the logits come out in base 2.
-    pub q: Vec<f32>,
+    pub q: Aligned<f32>,
     pub softcap: Option<f32>,
     /// Row of the step's q of the first token.
     first_row: usize,
@@ -29,7 +30,7 @@ pub(super) struct QueryBlock {
 /// Attention output and log-sum-exp of a block.
 pub(super) struct BlockResult {
     /// `[columns, head_dim]`.
-    pub out: Vec<f32>,
+    pub out: Aligned<f32>,
     /// `[columns]`, natural logarithm.
     pub lse: Vec<f32>,
 }
@@ -45,7 +46,7 @@ impl QueryBlock {
         let group = options.group;
         let head_dim = source.layer.shape.head_dim;
         let mut block = Self {
-            q: vec![0.0; tokens.len() * group * head_dim],
+            q: Aligned::zeros(tokens.len() * group * head_dim),
             softcap: options.softcap,
             first_row: sequence.first_row + tokens.start,
             first_position: sequence.start() + tokens.start,

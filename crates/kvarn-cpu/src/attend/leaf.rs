@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use kvarn::Aligned;
 use kvarn::record::MatrixLayout;
 use kvarn::tables::{Place, Span};
 
@@ -22,7 +23,7 @@ struct Scratch {
     tile: TileBuffer,
     integer: integer::Scratch,
     /// Logits, then probabilities: `[columns, LEAF_TOKENS]`.
-    weights: Vec<f32>,
+    weights: Aligned<f32>,
 }
 
 thread_local! {
@@ -45,8 +46,8 @@ impl Leaf<'_> {
         let (group, head_dim) = (self.source.pool.layout().config.group(), self.source.layer.shape.head_dim);
         let columns = self.block.columns();
         let mut partial = Partial::empty(columns, head_dim);
-        scratch.weights.clear();
-        scratch.weights.resize(columns * LEAF_TOKENS, 0.0);
+        scratch.weights.resize(columns * LEAF_TOKENS);
+        scratch.weights.fill(0.0);
         let tiles: Vec<(usize, &[Span])> = self.tiles().collect();
         let behind =
             |index: usize, want: Want| tiles.get(index + 1).map(|&(_, tile)| self.matrix(tile, want));

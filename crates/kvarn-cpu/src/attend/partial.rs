@@ -1,5 +1,7 @@
 //! Partial attention results and their merge.
 
+use kvarn::Aligned;
+
 use super::softmax::exp2;
 
 /// Softmax numerators over some keys, not yet divided: `out / sum` is the attention output over these keys.
@@ -10,7 +12,7 @@ pub(super) struct Partial {
     /// Sum of `2^(logit - max)`.
     pub sum: Vec<f32>,
     /// Sum of `2^(logit - max)` times values: `[columns, head_dim]`.
-    pub out: Vec<f32>,
+    pub out: Aligned<f32>,
 }
 
 impl Partial {
@@ -19,7 +21,7 @@ impl Partial {
         Self {
             max: vec![f32::NEG_INFINITY; columns],
             sum: vec![0.0; columns],
-            out: vec![0.0; columns * head_dim],
+            out: Aligned::zeros(columns * head_dim),
         }
     }
 
@@ -57,7 +59,7 @@ impl Partial {
     }
 
     /// Divided by the sums; zeros where there was no key.
-    pub(super) fn into_output(mut self) -> Vec<f32> {
+    pub(super) fn into_output(mut self) -> Aligned<f32> {
         let head_dim = self.out.len() / self.max.len();
         for (out, sum) in self.out.chunks_exact_mut(head_dim).zip(&self.sum) {
             let factor = if *sum == 0.0 { 0.0 } else { 1.0 / sum };

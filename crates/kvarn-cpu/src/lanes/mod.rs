@@ -1,7 +1,7 @@
 //! Sixteen lanes of 32 bits: what loops that compilers do not vectorise need of a processor.
 //!
-//! All implementations give the same integers and the same floats: arithmetic is fused only where that rounds alike, and sums
-//! of floats have one order. *Quarter* c of sixteen lanes are lanes 4 c to 4 c + 3.
+//! All implementations give the same integers, and the same floats but where `mul_add` is used: elsewhere arithmetic is fused
+//! only where that rounds alike, and sums of floats have one order. *Quarter* c of sixteen lanes are lanes 4 c to 4 c + 3.
 
 mod plain;
 #[cfg(target_arch = "x86_64")]
@@ -29,33 +29,38 @@ pub(crate) trait Lanes: Copy {
 
     fn store(self, bytes: &mut [u8; 64]);
 
-    /// Lane 4 c + t is dword c of 16 bytes.
-    fn spread(bytes: &[u8; 16]) -> Self;
+    /// Quarters 0 and 2 are `even`, 1 and 3 `odd`.
+    fn alternating(even: &[u8; 16], odd: &[u8; 16]) -> Self;
+
+    /// One after the other.
+    fn joined(quarters: [&[u8; 16]; 4]) -> Self;
 
     fn and(self, other: Self) -> Self;
 
     fn or(self, other: Self) -> Self;
 
+    fn xor(self, other: Self) -> Self;
+
     /// Shifted by `count` bits: to the left, or to the right where it is negative.
     fn shifted(self, count: i32) -> Self;
+
+    /// Each lane moved down by the bits, less than 32, that the lane of `counts` says.
+    fn moved_down(self, counts: Self) -> Self;
 
     /// In each quarter: lane i of vector j becomes lane j of vector i.
     fn transposed(vectors: [Self; 4]) -> [Self; 4];
 
-    /// Adds to each lane of `self` the products of four codes (unsigned bytes, below 64 unless `WIDE`) and four factors
-    /// (signed bytes).
-    fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self;
+    /// Adds to each lane of `self` the products of four codes of `BITS` bits (unsigned bytes) and four factors (signed
+    /// bytes).
+    fn dot<const BITS: usize>(self, codes: Self, factors: Self) -> Self;
 
     fn add(self, other: Self) -> Self;
-
-    /// Lane 4 i + t: the sum of lanes t of the quarters of vector i.
-    fn quarter_sums(vectors: [Self; 4]) -> Self;
 
     /// The sum of all lanes.
     fn sum(self) -> i32;
 
-    /// The lowest byte of each lane.
-    fn bytes(self) -> [u8; 16];
+    /// In each quarter the lowest byte of each lane, then the second byte of each.
+    fn byte_pairs(self) -> [u8; 32];
 
     /// As signed integers.
     fn floats(self) -> Self::Floats;
@@ -92,6 +97,9 @@ pub(crate) trait Floats: Copy {
     fn sub(self, other: Self) -> Self;
 
     fn mul(self, other: Self) -> Self;
+
+    /// `self · factor + summand`, rounded once where that is one instruction, else twice.
+    fn mul_add(self, factor: Self, summand: Self) -> Self;
 
     /// The larger of `self`, which has no sign, and the size of `other`; NaN where one is NaN.
     fn larger_size(self, other: Self) -> Self;

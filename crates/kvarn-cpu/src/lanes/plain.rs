@@ -31,8 +31,12 @@ impl Lanes for Plain {
         }
     }
 
-    fn spread(bytes: &[u8; 16]) -> Self {
-        Self(from_fn(|lane| u32::from_le_bytes(from_fn(|byte| bytes[lane / 4 * 4 + byte]))))
+    fn alternating(even: &[u8; 16], odd: &[u8; 16]) -> Self {
+        Self::joined([even, odd, even, odd])
+    }
+
+    fn joined(quarters: [&[u8; 16]; 4]) -> Self {
+        Self(from_fn(|lane| u32::from_le_bytes(from_fn(|byte| quarters[lane / 4][lane % 4 * 4 + byte]))))
     }
 
     fn and(self, other: Self) -> Self {
@@ -43,15 +47,23 @@ impl Lanes for Plain {
         Self(from_fn(|lane| self.0[lane] | other.0[lane]))
     }
 
+    fn xor(self, other: Self) -> Self {
+        Self(from_fn(|lane| self.0[lane] ^ other.0[lane]))
+    }
+
     fn shifted(self, count: i32) -> Self {
         Self(self.0.map(|lane| if count >= 0 { lane << count } else { lane >> -count }))
+    }
+
+    fn moved_down(self, counts: Self) -> Self {
+        Self(from_fn(|lane| self.0[lane] >> counts.0[lane]))
     }
 
     fn transposed(vectors: [Self; 4]) -> [Self; 4] {
         from_fn(|i| Self(from_fn(|lane| vectors[lane % 4].0[lane / 4 * 4 + i])))
     }
 
-    fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self {
+    fn dot<const BITS: usize>(self, codes: Self, factors: Self) -> Self {
         Self(from_fn(|lane| {
             let (codes, factors) = (codes.0[lane].to_le_bytes(), factors.0[lane].to_le_bytes());
             let product = |byte: usize| i32::from(codes[byte]) * i32::from(factors[byte] as i8);
@@ -63,17 +75,12 @@ impl Lanes for Plain {
         Self(from_fn(|lane| self.0[lane].wrapping_add(other.0[lane])))
     }
 
-    fn quarter_sums(vectors: [Self; 4]) -> Self {
-        let of = |vector: &Self, t: usize| (0..4).fold(0_u32, |sum, c| sum.wrapping_add(vector.0[4 * c + t]));
-        Self(from_fn(|lane| of(&vectors[lane / 4], lane % 4)))
-    }
-
     fn sum(self) -> i32 {
         self.0.iter().fold(0, |sum, &lane| sum.wrapping_add(lane as i32))
     }
 
-    fn bytes(self) -> [u8; 16] {
-        self.0.map(|lane| lane as u8)
+    fn byte_pairs(self) -> [u8; 32] {
+        from_fn(|index| self.0[index / 8 * 4 + index % 4].to_le_bytes()[index % 8 / 4])
     }
 
     fn floats(self) -> PlainFloats {
@@ -138,6 +145,10 @@ impl Floats for PlainFloats {
 
     fn mul(self, other: Self) -> Self {
         Self(from_fn(|lane| self.0[lane] * other.0[lane]))
+    }
+
+    fn mul_add(self, factor: Self, summand: Self) -> Self {
+        self.mul(factor).add(summand)
     }
 
     fn larger_size(self, other: Self) -> Self {

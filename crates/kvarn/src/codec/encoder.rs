@@ -1,14 +1,13 @@
 //! Encoding of one tile.
 
 use super::absorb::{Parameters, round, round_in_place};
-use super::aligned::Aligned;
 use super::input::finite_rotated;
 use super::lanes::{LANES, Turn, channel_strips, lanes_of, repeat, rows_of_strip, strip_ranges, turn};
 use super::normalize::Normalizer;
 use super::quantize::{code_bytes, range_parameters, round_codes};
 use super::refit::{TokenLanes, divide, prescale, refit_rows};
 use crate::record::{EncodedMatrix, RecordLayout};
-use crate::{Config, Saturation, Side};
+use crate::{Aligned, Config, Saturation, Side};
 
 /// What an encoder met.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,19 +85,19 @@ struct MatrixEncoder {
     side: Side,
     max_code: f32,
     /// m divided by the prescale, in row strips.
-    row_strips: Aligned,
+    row_strips: Aligned<f32>,
     /// m divided by the prescale, in column strips.
-    column_strips: Aligned,
+    column_strips: Aligned<f32>,
     /// A strip of rows, divided by column and row scales.
-    balanced: Aligned,
+    balanced: Aligned<f32>,
     /// Its codes as float32 integers.
-    codes: Aligned,
+    codes: Aligned<f32>,
     /// The column scales of each element of a strip.
-    column_scales: Aligned,
+    column_scales: Aligned<f32>,
     /// Scales and zero points of each element of a strip.
-    repeated: (Aligned, Aligned),
+    repeated: (Aligned<f32>, Aligned<f32>),
     /// What a strip of tokens decodes to.
-    reconstructed: Aligned,
+    reconstructed: Aligned<f32>,
     /// All codes, in row strips.
     code_strips: Vec<u8>,
     normalizer: Normalizer,

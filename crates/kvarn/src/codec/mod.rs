@@ -3,7 +3,6 @@
 //! Specification in words and formulas: `docs/codec.md`. Source: KVarN, arXiv 2606.03458; refit is ours.
 
 mod absorb;
-mod aligned;
 mod decode;
 mod elementary;
 mod encoder;

@@ -4,9 +4,9 @@
 //! accumulation of errors in decoding. Prescale keeps small tiles off the normalisation's lower clip, row refit fits scale
 //! and zero point to the codes by least squares, and the token scale makes `⟨x̂, x⟩ = ⟨x, x⟩` for every token.
 
-use super::aligned::Aligned;
 use super::lanes::{LANES, Lanes, repeat, strip_products, strip_sums};
 use super::quantize::round_codes;
+use crate::Aligned;
 
 /// Rounds of least squares and new codes.
 const ROUNDS: usize = 4;
@@ -53,7 +53,7 @@ pub(super) fn refit_rows(
     zero: &mut Lanes,
     max_code: f32,
     codes: &mut [f32],
-    repeated: &mut (Aligned, Aligned),
+    repeated: &mut (Aligned<f32>, Aligned<f32>),
 ) {
     let count = (strip.len() / LANES) as f64;
     let sum_b = products(strip, strip, |_, b| b);

@@ -6,17 +6,19 @@
 //! at most a 2^-16 of the largest.
 
 mod ahead;
+mod codes;
 mod factors;
 mod parameters;
-mod unpack;
+mod turned;
 
 use kvarn::record::MatrixLayout;
-use kvarn::{Bits, Side};
+use kvarn::{Aligned, Bits, Side};
 
 use ahead::Ahead;
+use codes::Codes;
 use factors::{Factors, HIGH};
 use parameters::Parameters;
-use unpack::{FRAGMENT, unpack, words_at_once};
+use turned::turn;
 
 use super::product::{Matrix, MatrixMut};
 use crate::features::Level;
@@ -26,21 +28,45 @@ use crate::lanes::{Floats, Lanes, Plain};
 /// one channel is much larger than the others, or a token of the tile than those that are seen.
 const LOGIT_ERROR: f32 = 3e-4;
 
-/// Columns of a product that share a reading of codes: sums of twice as many, in four vectors each, fill the registers.
-const TOGETHER: usize = 2;
+/// Columns of a product that share a reading of codes: as many as there are query heads for each KV head, most often.
+const TOGETHER: usize = 4;
+
+/// `$body` with `$columns`, but `TOGETHER` at most, as the constant `$name`.
+macro_rules! with_columns {
+    ($columns:expr, $name:ident => $body:expr) => {
+        match $columns {
+            1 => {
+                const $name: usize = 1;
+                $body
+            }
+            2 => {
+                const $name: usize = 2;
+                $body
+            }
+            3 => {
+                const $name: usize = 3;
+                $body
+            }
+            _ => {
+                const $name: usize = TOGETHER;
+                $body
+            }
+        }
+    };
+}
 
 /// Working memory.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     parameters: Parameters,
     factors: Vec<Factors>,
-    codes: Vec<u8>,
-    vectors: Vec<[u8; 64]>,
+    refined: Factors,
+    codes: Aligned<u8>,
 }
 
 /// Whether a product with this matrix of a record is done here.
 pub(super) fn serves(layout: &MatrixLayout) -> bool {
-    layout.code_order.words().is_multiple_of(words_at_once(layout.code_order.bits().get()))
+    turned::serves(layout.code_order.words())
 }
 
 /// `out += x · matrix`, where `serves`; `x` `[columns, rows]`, `out` `[columns, matrix columns]`. False, and nothing done, if
@@ -99,114 +125,146 @@ fn multiply_with<L: Lanes>(
     next: &[u8],
     scratch: &mut Scratch,
 ) -> bool {
-    let Scratch { parameters, factors, codes, vectors } = scratch;
-    let middle = 1 << (layout.code_order.bits().get() - 1);
+    let Scratch { parameters, factors, refined, codes } = scratch;
+    let order = layout.code_order;
+    let middle = 1 << (order.bits().get() - 1);
     parameters.read::<L::Floats>(layout, record, middle as f32);
-    factors.resize_with(factors.len().max(columns), Factors::default);
-    let factors = &mut factors[..columns];
-    for (column, factors) in factors.iter_mut().enumerate() {
-        if !factors.make::<L::Floats>(&x.values[column * x.stride..][..layout.rows], parameters) {
+    factors.resize_with(factors.len().max(columns.div_ceil(TOGETHER)), Factors::default);
+    for (index, factors) in factors[..columns.div_ceil(TOGETHER)].iter_mut().enumerate() {
+        let x = Matrix { values: &x.values[index * TOGETHER * x.stride..], stride: x.stride };
+        if !with_columns!(columns - index * TOGETHER, C => factors.make::<L::Floats, C>(x, parameters)) {
             return false;
         }
     }
-    codes.resize(layout.rows * layout.columns, 0);
-    unpack::<L>(layout, &record[layout.codes.clone()], codes);
-    // Factors are off by a 12th of their unit's square, codes from the middle by a 12th of their range's, in the mean.
-    let error_of_unit = parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt();
-    let logits = layout.code_order.side() == Side::Key;
-    let mut ahead = Ahead::new(next, columns.div_ceil(TOGETHER) * layout.columns / 16);
-    let codes = Codes { bytes: codes, wide: layout.code_order.bits() == Bits::Eight, middle };
-    let scale = &parameters.column_scale[..];
-    for (index, factors) in factors.chunks_mut(TOGETHER).enumerate() {
-        let stride = out.stride;
-        let values = &mut out.values[index * TOGETHER * stride..];
-        add_columns::<L>(codes, factors, vectors, scale, &mut MatrixMut { values, stride }, &mut ahead);
-        for (column, factors) in factors.iter_mut().enumerate() {
-            // Each column by itself: what it gets must not depend on the others.
-            if logits && factors.unit * error_of_unit > LOGIT_ERROR {
-                factors.refine::<L::Floats>();
-                let mut out = MatrixMut { values: &mut values[column * stride..], stride };
-                add_columns::<L>(codes, std::slice::from_ref(factors), vectors, scale, &mut out, &mut ahead);
-            }
-        }
+    codes.resize(layout.codes.len());
+    turn::<L>(&record[layout.codes.clone()], codes);
+    let (rows, of_columns) = (layout.rows / 16, layout.columns / 16);
+    let product = Product {
+        codes: match order.side() {
+            Side::Key => Codes { turned: codes, step: 1, turn: rows },
+            Side::Value => Codes { turned: codes, step: of_columns, turn: 1 },
+        },
+        middle,
+        scale: &parameters.column_scale,
+        // Factors are off by a 12th of their unit's square, codes from the middle by a 12th of their range's, in the mean.
+        error_of_unit: parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt(),
+    };
+    let mut ahead = Ahead::new(next, columns.div_ceil(TOGETHER) * of_columns);
+    for (index, factors) in factors[..columns.div_ceil(TOGETHER)].iter().enumerate() {
+        let (stride, columns) = (out.stride, columns - index * TOGETHER);
+        let mut out = MatrixMut { values: &mut out.values[index * TOGETHER * stride..], stride };
+        let out = &mut out;
+        with_columns!(columns, C => match (order.bits(), order.side()) {
+            (Bits::Two, Side::Key) => product.add_logits::<L, 2, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Two, Side::Value) => product.add::<L, 2, false, C>(factors, out, &mut ahead),
+            (Bits::Three, Side::Key) => product.add_logits::<L, 3, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Three, Side::Value) => product.add::<L, 3, false, C>(factors, out, &mut ahead),
+            (Bits::Four, Side::Key) => product.add_logits::<L, 4, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Four, Side::Value) => product.add::<L, 4, false, C>(factors, out, &mut ahead),
+            (Bits::Eight, Side::Key) => product.add_logits::<L, 8, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Eight, Side::Value) => product.add::<L, 8, false, C>(factors, out, &mut ahead),
+        });
     }
     true
 }
 
-/// Codes of a matrix, unpacked.
-#[derive(Clone, Copy)]
-struct Codes<'a> {
-    bytes: &'a [u8],
-    /// Whether they need all bits of a byte.
-    wide: bool,
+/// One side of a product.
+struct Product<'a> {
+    codes: Codes<'a>,
     /// From which codes are counted.
     middle: i32,
+    /// `[matrix columns]`.
+    scale: &'a [f32],
+    /// The error of a logit for each unit of factors.
+    error_of_unit: f32,
 }
 
-/// Adds to one or two columns of `out` what factors and codes give.
-#[inline(always)]
-fn add_columns<L: Lanes>(
-    codes: Codes<'_>,
-    factors: &[Factors],
-    vectors: &mut Vec<[u8; 64]>,
-    scale: &[f32],
-    out: &mut MatrixMut<'_>,
-    ahead: &mut Ahead<'_>,
-) {
-    match (factors, codes.wide) {
-        ([a, b], true) => add::<L, true, 2>(codes, [a, b], vectors, scale, out, ahead),
-        ([a, b], false) => add::<L, false, 2>(codes, [a, b], vectors, scale, out, ahead),
-        ([a], true) => add::<L, true, 1>(codes, [a], vectors, scale, out, ahead),
-        ([a], false) => add::<L, false, 1>(codes, [a], vectors, scale, out, ahead),
-        _ => unreachable!("{TOGETHER} columns at most"),
+impl Product<'_> {
+    /// Adds logits of `C` columns, with a second product where one needs it.
+    #[inline(always)]
+    fn add_logits<L: Lanes, const BITS: usize, const KEY: bool, const C: usize>(
+        &self,
+        factors: &Factors,
+        refined: &mut Factors,
+        out: &mut MatrixMut<'_>,
+        ahead: &mut Ahead<'_>,
+    ) {
+        self.add::<L, BITS, KEY, C>(factors, out, ahead);
+        // For each column by itself: what it gets must not depend on the others. Beside one that gets it, zeros are added.
+        let (mut wanted, mut any) = ([false; C], false);
+        for column in 0..C {
+            wanted[column] = factors.unit[column] * self.error_of_unit > LOGIT_ERROR;
+            any |= wanted[column];
+        }
+        if any {
+            factors.refine::<L::Floats, C>(wanted, refined);
+            self.add::<L, BITS, KEY, C>(refined, out, ahead);
+        }
     }
-}
 
-/// Adds to `C` columns of `out` what factors and codes give.
-#[inline(always)]
-fn add<L: Lanes, const WIDE: bool, const C: usize>(
-    codes: Codes<'_>,
-    factors: [&Factors; C],
-    vectors: &mut Vec<[u8; 64]>,
-    scale: &[f32],
-    out: &mut MatrixMut<'_>,
-    ahead: &mut Ahead<'_>,
-) {
-    let middle = codes.middle;
-    let blocks = codes.bytes.len() / (16 * scale.len());
-    vectors.resize(2 * C * blocks, [0; 64]);
-    for (column, factors) in factors.iter().enumerate() {
-        factors.spread::<L>(&mut vectors[2 * column..], 2 * C);
-    }
-    for (at, codes) in codes.bytes.chunks_exact(blocks * FRAGMENT).enumerate() {
-        ahead.step();
-        let mut high = [[L::splat(0); 4]; C];
-        let mut low = [[L::splat(0); 4]; C];
-        for (codes, factors) in codes.chunks_exact(FRAGMENT).zip(vectors.chunks_exact(2 * C)) {
-            for four in 0..4 {
-                let codes = L::load(codes[64 * four..][..64].try_into().expect("64 bytes"));
-                for column in 0..C {
-                    let (upper, lower) = (&factors[2 * column], &factors[2 * column + 1]);
-                    high[column][four] = high[column][four].dot::<WIDE>(codes, L::load(upper));
-                    low[column][four] = low[column][four].dot::<WIDE>(codes, L::load(lower));
+    /// Adds to `C` columns of `out` what factors and codes give.
+    #[inline(always)]
+    fn add<L: Lanes, const BITS: usize, const KEY: bool, const C: usize>(
+        &self,
+        factors: &Factors,
+        out: &mut MatrixMut<'_>,
+        ahead: &mut Ahead<'_>,
+    ) {
+        let (mut unit, mut zero, mut from_middle) =
+            ([L::Floats::splat(0.0); C], [L::Floats::splat(0.0); C], [L::splat(0); C]);
+        for column in 0..C {
+            unit[column] = L::Floats::splat(factors.unit[column]);
+            zero[column] = L::Floats::splat(factors.zero[column]);
+            from_middle[column] = L::splat((-self.middle * factors.sum[column]) as u32);
+        }
+        let scale = self.scale.as_chunks::<16>().0;
+        let mut rows: [&mut [[f32; 16]]; C] = std::array::from_fn(|_| <&mut [[f32; 16]]>::default());
+        for (out, row) in out.values.chunks_mut(out.stride).zip(&mut rows) {
+            *row = &mut out.as_chunks_mut::<16>().0[..scale.len()];
+        }
+        for at in 0..scale.len() {
+            ahead.step();
+            let (mut high, mut low) = ([L::splat(0); C], from_middle);
+            for (block, bytes) in factors.bytes.as_chunks::<C>().0.iter().enumerate() {
+                let fragment = at * self.codes.turn + block * self.codes.step;
+                if Codes::shares::<BITS>(fragment) {
+                    self.dots::<L, BITS, KEY, true, C>(fragment, bytes, &mut low, &mut high);
+                } else {
+                    self.dots::<L, BITS, KEY, false, C>(fragment, bytes, &mut low, &mut high);
                 }
             }
-        }
-        let scale = L::Floats::load(scale[16 * at..][..16].try_into().expect("16 elements"));
-        for column in 0..C {
-            let mut sums = low[column];
-            for four in 0..4 {
-                sums[four] = sums[four].add(high[column][four].shifted(HIGH));
+            let scale = L::Floats::load(&scale[at]);
+            for column in 0..C {
+                let sums = low[column].add(high[column].shifted(HIGH)).floats();
+                let out = &mut rows[column][at];
+                sums.mul_add(unit[column], zero[column]).mul_add(scale, L::Floats::load(out)).store(out);
             }
-            let from_middle = L::splat((-middle * factors[column].sum) as u32);
-            let sums = L::quarter_sums(sums).add(from_middle).floats();
-            let product = sums.mul(L::Floats::splat(factors[column].unit));
-            let product = product.add(L::Floats::splat(factors[column].zero)).mul(scale);
-            let out = &mut out.values[column * out.stride + 16 * at..][..16];
-            let out: &mut [f32; 16] = out.try_into().expect("16 elements");
-            product.add(L::Floats::load(out)).store(out);
         }
     }
+
+    /// Adds what factors and codes of one fragment give.
+    #[inline(always)]
+    fn dots<L: Lanes, const BITS: usize, const KEY: bool, const SHARES: bool, const C: usize>(
+        &self,
+        fragment: usize,
+        bytes: &[[u8; 32]; C],
+        low: &mut [L; C],
+        high: &mut [L; C],
+    ) {
+        for c in 0..4 {
+            let codes = self.codes.vector::<L, BITS, KEY, SHARES>(fragment, c);
+            for column in 0..C {
+                low[column] = low[column].dot::<BITS>(codes, four(&bytes[column], 2 * c));
+                high[column] = high[column].dot::<BITS>(codes, four(&bytes[column], 2 * c + 1));
+            }
+        }
+    }
+}
+
+/// Four of the bytes in all lanes.
+#[inline(always)]
+fn four<L: Lanes>(bytes: &[u8; 32], index: usize) -> L {
+    L::splat(u32::from_le_bytes(bytes[4 * index..][..4].try_into().expect("4 bytes")))
 }
 
 #[cfg(test)]

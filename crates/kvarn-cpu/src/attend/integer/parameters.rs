@@ -1,5 +1,6 @@
 //! Scales and zero points of a record's matrix in float32.
 
+use kvarn::Aligned;
 use kvarn::record::MatrixLayout;
 
 use crate::lanes::Floats;
@@ -8,11 +9,11 @@ use crate::lanes::Floats;
 #[derive(Debug, Default)]
 pub(super) struct Parameters {
     /// `[rows]`, in the order of factors.
-    pub row_scale: Vec<f32>,
+    pub row_scale: Aligned<f32>,
     /// `[rows]`, what the middle of the codes decodes to, in the order of factors.
-    pub row_middle: Vec<f32>,
+    pub row_middle: Aligned<f32>,
     /// `[columns]`.
-    pub column_scale: Vec<f32>,
+    pub column_scale: Aligned<f32>,
     /// The largest size of `column_scale`.
     pub largest_column_scale: f32,
 }
@@ -21,49 +22,54 @@ impl Parameters {
     /// Those of `layout`'s matrix in a record; `middle`: code from which codes are counted.
     #[inline(always)]
     pub(super) fn read<F: Floats>(&mut self, layout: &MatrixLayout, record: &[u8], middle: f32) {
-        self.row_scale.resize(layout.rows, 0.0);
-        self.row_middle.resize(layout.rows, 0.0);
-        self.column_scale.resize(layout.columns, 0.0);
-        let (scale, zero) = (&record[layout.row_scale.clone()], &record[layout.row_zero.clone()]);
-        let blocks = self.row_scale.chunks_exact_mut(16).zip(self.row_middle.chunks_exact_mut(16));
-        for (block, (row_scale, row_middle)) in blocks.enumerate() {
-            let scale = rows::<F>(scale, block, layout.rows / 16);
-            let zero = rows::<F>(zero, block, layout.rows / 16);
-            scale.store(row_scale.try_into().expect("16 elements"));
-            scale.mul(F::splat(middle)).add(zero).store(row_middle.try_into().expect("16 elements"));
+        self.row_scale.resize(layout.rows);
+        self.row_middle.resize(layout.rows);
+        self.column_scale.resize(layout.columns);
+        let scale = parts::<4, 8>(&record[layout.row_scale.clone()]);
+        let zero = parts::<4, 8>(&record[layout.row_zero.clone()]);
+        let row_scale = self.row_scale.as_chunks_mut::<16>().0;
+        let row_middle = &mut self.row_middle.as_chunks_mut::<16>().0[..row_scale.len()];
+        for block in 0..row_scale.len() {
+            let (scale, zero) = (rows::<F>(&scale, block), rows::<F>(&zero, block));
+            scale.store(&mut row_scale[block]);
+            scale.mul_add(F::splat(middle), zero).store(&mut row_middle[block]);
         }
-        let column_scale = &record[layout.column_scale.clone()];
+        let scale = parts::<8, 4>(&record[layout.column_scale.clone()]);
         let mut largest = F::splat(0.0);
-        for (block, out) in self.column_scale.chunks_exact_mut(16).enumerate() {
-            let scale = columns::<F>(column_scale, block, layout.columns / 16);
+        for (block, out) in self.column_scale.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let scale = columns::<F>(&scale, block);
             largest = largest.larger_size(scale);
-            scale.store(out.try_into().expect("16 elements"));
+            scale.store(out);
         }
         self.largest_column_scale = largest.largest();
     }
 }
 
+/// What is stored for each of `PARTS` lanes of a fragment: `BYTES` for each block of 16.
+#[inline(always)]
+fn parts<const PARTS: usize, const BYTES: usize>(stored: &[u8]) -> [&[[u8; BYTES]]; PARTS] {
+    let blocks = stored.as_chunks::<BYTES>().0;
+    let length = blocks.len() / PARTS;
+    std::array::from_fn(|part| &blocks[part * length..][..length])
+}
+
 /// The sixteen of a block of rows, in the order of factors. Stored by c, then block, k half, e.
 #[inline(always)]
-fn rows<F: Floats>(stored: &[u8], block: usize, blocks: usize) -> F {
+fn rows<F: Floats>(stored: &[&[[u8; 8]]; 4], block: usize) -> F {
     let mut quarters = [0; 4];
-    for (c, quarter) in quarters.iter_mut().enumerate() {
-        let at = 8 * (c * blocks + block);
-        *quarter = u64::from_le_bytes(stored[at..at + 8].try_into().expect("8 bytes"));
+    for c in 0..4 {
+        quarters[c] = u64::from_le_bytes(stored[c][block]);
     }
     F::of_halves(quarters).swapped()
 }
 
 /// The sixteen of a block of columns. Stored by g, then block, half of the block.
 #[inline(always)]
-fn columns<F: Floats>(stored: &[u8], block: usize, blocks: usize) -> F {
+fn columns<F: Floats>(stored: &[&[[u8; 4]]; 8], block: usize) -> F {
     let mut quarters = [0; 4];
-    for (pair, quarter) in quarters.iter_mut().enumerate() {
-        for odd in 0..2 {
-            let at = 4 * ((2 * pair + odd) * blocks + block);
-            let two = u32::from_le_bytes(stored[at..at + 4].try_into().expect("4 bytes"));
-            *quarter |= u64::from(two) << (32 * odd);
-        }
+    for pair in 0..4 {
+        let [low, high] = [stored[2 * pair][block], stored[2 * pair + 1][block]].map(u32::from_le_bytes);
+        quarters[pair] = u64::from(low) | u64::from(high) << 32;
     }
     F::of_halves(quarters).deinterleaved()
 }

@@ -94,7 +94,7 @@ fn products_agree_with_decoded_records_and_between_instruction_sets() {
                         );
                         for other in outs {
                             for (a, b) in out.iter().zip(other) {
-                                assert!((a - b).abs() <= 1e-5 * a.abs().max(1.0), "{a} {b}");
+                                assert!((a - b).abs() <= 3e-5 * a.abs().max(1.0), "{a} {b}");
                             }
                         }
                     }

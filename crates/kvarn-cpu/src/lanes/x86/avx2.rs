@@ -36,12 +36,17 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn spread(bytes: &[u8; 16]) -> Self {
+    fn alternating(even: &[u8; 16], odd: &[u8; 16]) -> Self {
+        Self::joined([even, odd, even, odd])
+    }
+
+    #[inline(always)]
+    fn joined(quarters: [&[u8; 16]; 4]) -> Self {
+        let [a, b, c, d] = quarters;
         unsafe {
-            let dwords = _mm256_castsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
-            let (low, high) =
-                (_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3));
-            Self([_mm256_permutevar8x32_epi32(dwords, low), _mm256_permutevar8x32_epi32(dwords, high)])
+            let (a, b) = (_mm_loadu_si128(a.as_ptr().cast()), _mm_loadu_si128(b.as_ptr().cast()));
+            let (c, d) = (_mm_loadu_si128(c.as_ptr().cast()), _mm_loadu_si128(d.as_ptr().cast()));
+            Self([_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)])
         }
     }
 
@@ -58,6 +63,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        let ([a, b], [c, d]) = (self.0, other.0);
+        Self(unsafe { [_mm256_xor_si256(a, c), _mm256_xor_si256(b, d)] })
+    }
+
+    #[inline(always)]
     fn shifted(self, count: i32) -> Self {
         let [a, b] = self.0;
         unsafe {
@@ -68,6 +79,12 @@ impl Lanes for Avx2 {
                 [_mm256_srl_epi32(a, by), _mm256_srl_epi32(b, by)]
             })
         }
+    }
+
+    #[inline(always)]
+    fn moved_down(self, counts: Self) -> Self {
+        let ([a, b], [c, d]) = (self.0, counts.0);
+        Self(unsafe { [_mm256_srlv_epi32(a, c), _mm256_srlv_epi32(b, d)] })
     }
 
     #[inline(always)]
@@ -89,13 +106,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self {
+    fn dot<const BITS: usize>(self, codes: Self, factors: Self) -> Self {
         let mut sum = self.0;
         for half in 0..2 {
             let (codes, factors) = (codes.0[half], factors.0[half]);
             unsafe {
                 let (ones, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15));
-                if !WIDE {
+                if BITS < 8 {
                     let pairs = _mm256_maddubs_epi16(codes, factors);
                     sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(pairs, ones));
                     continue;
@@ -119,20 +136,6 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn quarter_sums(vectors: [Self; 4]) -> Self {
-        let mut out = [unsafe { _mm256_setzero_si256() }; 2];
-        for half in 0..2 {
-            let ([a, b], [c, d]) = (vectors[2 * half].0, vectors[2 * half + 1].0);
-            unsafe {
-                let (ab, cd) = (_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
-                let even = _mm256_permute2x128_si256(ab, cd, 0x20);
-                out[half] = _mm256_add_epi32(even, _mm256_permute2x128_si256(ab, cd, 0x31));
-            }
-        }
-        Self(out)
-    }
-
-    #[inline(always)]
     fn sum(self) -> i32 {
         let [a, b] = self.0;
         unsafe {
@@ -144,17 +147,16 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn bytes(self) -> [u8; 16] {
-        let mut bytes = [0; 16];
+    fn byte_pairs(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
         let [a, b] = self.0;
         unsafe {
-            // The lowest byte of each lane to the lowest dword of its quarter.
-            let lowest = _mm256_set1_epi32(0x0C08_0400);
-            let (a, b) = (_mm256_shuffle_epi8(a, lowest), _mm256_shuffle_epi8(b, lowest));
-            let (a, a2) = (_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-            let (b, b2) = (_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
-            let joined = _mm_unpacklo_epi64(_mm_unpacklo_epi32(a, a2), _mm_unpacklo_epi32(b, b2));
-            _mm_storeu_si128(bytes.as_mut_ptr().cast(), joined);
+            // The low bytes of each quarter's lanes to its first dword, the second bytes to the next.
+            let order = _mm256_broadcastsi128_si256(_mm_set_epi64x(-1, 0x0D09_0501_0C08_0400));
+            let (a, b) = (_mm256_shuffle_epi8(a, order), _mm256_shuffle_epi8(b, order));
+            // Quarters 0 and 2, 1 and 3.
+            let joined = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xD8);
+            _mm256_storeu_si256(bytes.as_mut_ptr().cast(), joined);
         }
         bytes
     }
@@ -271,6 +273,12 @@ impl Floats for Avx2Floats {
     fn mul(self, other: Self) -> Self {
         let ([a, b], [c, d]) = (self.0, other.0);
         Self(unsafe { [_mm256_mul_ps(a, c), _mm256_mul_ps(b, d)] })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, summand: Self) -> Self {
+        let ([a, b], [c, d], [e, f]) = (self.0, factor.0, summand.0);
+        Self(unsafe { [_mm256_fmadd_ps(a, c, e), _mm256_fmadd_ps(b, d, f)] })
     }
 
     #[inline(always)]

@@ -31,11 +31,21 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn spread(bytes: &[u8; 16]) -> Self {
+    fn alternating(even: &[u8; 16], odd: &[u8; 16]) -> Self {
         Self(unsafe {
-            let order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-            let dwords = _mm512_castsi128_si512(_mm_loadu_si128(bytes.as_ptr().cast()));
-            _mm512_permutexvar_epi32(order, dwords)
+            let even = _mm512_broadcast_i32x4(_mm_loadu_si128(even.as_ptr().cast()));
+            _mm512_mask_broadcast_i32x4(even, 0xF0F0, _mm_loadu_si128(odd.as_ptr().cast()))
+        })
+    }
+
+    #[inline(always)]
+    fn joined(quarters: [&[u8; 16]; 4]) -> Self {
+        let [a, b, c, d] = quarters;
+        Self(unsafe {
+            let (a, b) = (_mm_loadu_si128(a.as_ptr().cast()), _mm_loadu_si128(b.as_ptr().cast()));
+            let (c, d) = (_mm_loadu_si128(c.as_ptr().cast()), _mm_loadu_si128(d.as_ptr().cast()));
+            let (lower, upper) = (_mm256_set_m128i(b, a), _mm256_set_m128i(d, c));
+            _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1)
         })
     }
 
@@ -50,11 +60,21 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        Self(unsafe { _mm512_xor_si512(self.0, other.0) })
+    }
+
+    #[inline(always)]
     fn shifted(self, count: i32) -> Self {
         unsafe {
             let by = _mm_cvtsi32_si128(count.abs());
             Self(if count >= 0 { _mm512_sll_epi32(self.0, by) } else { _mm512_srl_epi32(self.0, by) })
         }
+    }
+
+    #[inline(always)]
+    fn moved_down(self, counts: Self) -> Self {
+        Self(unsafe { _mm512_srlv_epi32(self.0, counts.0) })
     }
 
     #[inline(always)]
@@ -73,13 +93,13 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn dot<const WIDE: bool>(self, codes: Self, factors: Self) -> Self {
+    fn dot<const BITS: usize>(self, codes: Self, factors: Self) -> Self {
         unsafe {
             if VNNI {
                 return Self(_mm512_dpbusd_epi32(self.0, codes.0, factors.0));
             }
             let (ones, mask) = (_mm512_set1_epi16(1), _mm512_set1_epi8(15));
-            if !WIDE {
+            if BITS < 8 {
                 let pairs = _mm512_maddubs_epi16(codes.0, factors.0);
                 return Self(_mm512_add_epi32(self.0, _mm512_madd_epi16(pairs, ones)));
             }
@@ -98,26 +118,19 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn quarter_sums(vectors: [Self; 4]) -> Self {
-        let [Self(a), Self(b), Self(c), Self(d)] = vectors;
-        unsafe {
-            // Quarters 0 and 1 with 2 and 3, then each with its neighbour.
-            let ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xEE));
-            let cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xEE));
-            let (even, odd) = (_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xDD));
-            Self(_mm512_add_epi32(even, odd))
-        }
-    }
-
-    #[inline(always)]
     fn sum(self) -> i32 {
         unsafe { _mm512_reduce_add_epi32(self.0) }
     }
 
     #[inline(always)]
-    fn bytes(self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(self.0)) }
+    fn byte_pairs(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        unsafe {
+            let order =
+                _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0F0D_0B09_0E0C_0A08, 0x0705_0301_0604_0200));
+            let pairs = _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(self.0), order);
+            _mm256_storeu_si256(bytes.as_mut_ptr().cast(), pairs);
+        }
         bytes
     }
 
@@ -207,6 +220,11 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, summand: Self) -> Self {
+        Self(unsafe { _mm512_fmadd_ps(self.0, factor.0, summand.0) })
     }
 
     #[inline(always)]
