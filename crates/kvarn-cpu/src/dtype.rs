@@ -5,34 +5,45 @@ use half::{bf16, f16};
 use kvarn::DType;
 use kvarn::codec::SlotType;
 
+use crate::lanes::{Floats, with_floats};
+
 /// Reads `out.len()` elements; no alignment is assumed.
 ///
 /// # Safety
 /// `data` points to that many readable elements of type `dtype`.
-#[allow(clippy::cast_ptr_alignment)]
 pub(crate) unsafe fn load(dtype: DType, data: *const u8, out: &mut [f32]) {
-    let count = out.len();
-    // SAFETY: the caller vouches for `count` elements; slices are only made of aligned ones.
-    unsafe {
-        match dtype {
-            DType::Float16 if data.cast::<f16>().is_aligned() => {
-                std::slice::from_raw_parts(data.cast::<f16>(), count).convert_to_f32_slice(out);
-            }
-            DType::BFloat16 if data.cast::<bf16>().is_aligned() => {
-                std::slice::from_raw_parts(data.cast::<bf16>(), count).convert_to_f32_slice(out);
-            }
-            DType::Float32 => std::ptr::copy_nonoverlapping(data, out.as_mut_ptr().cast(), 4 * count),
-            DType::Float16 => {
-                for (index, value) in out.iter_mut().enumerate() {
-                    *value = data.cast::<f16>().add(index).read_unaligned().to_f32();
-                }
-            }
-            DType::BFloat16 => {
-                for (index, value) in out.iter_mut().enumerate() {
-                    *value = data.cast::<bf16>().add(index).read_unaligned().to_f32();
-                }
-            }
-        }
+    // SAFETY: the caller vouches for the elements.
+    convert(dtype, unsafe { std::slice::from_raw_parts(data, out.len() * dtype.bytes()) }, out);
+}
+
+/// Elements of type `dtype` to float32.
+pub(crate) fn convert(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    with_floats!(convert_with(dtype: DType, bytes: &[u8], out: &mut [f32]) -> ());
+}
+
+#[inline(always)]
+fn convert_with<F: Floats>(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    let size = 16 * dtype.bytes();
+    let (blocks, rest) = out.as_chunks_mut::<16>();
+    for (bytes, out) in bytes.chunks_exact(size).zip(&mut *blocks) {
+        sixteen::<F>(dtype, bytes).store(out);
+    }
+    if !rest.is_empty() {
+        let (mut last, mut converted) = ([0; 64], [0.0; 16]);
+        let bytes = &bytes[blocks.len() * size..];
+        last[..bytes.len()].copy_from_slice(bytes);
+        sixteen::<F>(dtype, &last[..size]).store(&mut converted);
+        rest.copy_from_slice(&converted[..rest.len()]);
+    }
+}
+
+/// Sixteen elements.
+#[inline(always)]
+pub(crate) fn sixteen<F: Floats>(dtype: DType, bytes: &[u8]) -> F {
+    match dtype {
+        DType::Float16 => F::load_halves(bytes.try_into().expect("32 bytes")),
+        DType::BFloat16 => F::load_bfloats(bytes.try_into().expect("32 bytes")),
+        DType::Float32 => F::load_bytes(bytes.try_into().expect("64 bytes")),
     }
 }
 
@@ -40,7 +51,7 @@ pub(crate) unsafe fn load(dtype: DType, data: *const u8, out: &mut [f32]) {
 ///
 /// # Safety
 /// `data` points to `values.len()` writable elements of type `dtype` that nobody else uses meanwhile.
-#[allow(clippy::cast_ptr_alignment)] // as in `load`
+#[allow(clippy::cast_ptr_alignment)]
 pub(crate) unsafe fn store(dtype: DType, values: &[f32], data: *mut u8) {
     // SAFETY: the caller vouches for the memory; slices are only made of aligned elements, other writes assume no alignment.
     unsafe {

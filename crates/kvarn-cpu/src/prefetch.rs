@@ -3,14 +3,15 @@
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
-/// Asks for the line at `at`, which will be read.
+/// Asks for the line at `at`, which will be read soon, but not next: not to the nearest cache, which waits for few lines at a
+/// time and holds what is computed with.
 #[inline(always)]
 pub(crate) fn fetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: part of the baseline; a prefetch of any address is allowed.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

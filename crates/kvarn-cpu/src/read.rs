@@ -1,24 +1,22 @@
 //! Reading stored tokens: records and slots to float32, in the rotated frame.
 
-use kvarn::codec::{DecodeScratch, decode_matrix};
+use kvarn::codec::{DecodeScratch, Turn, decode_matrix};
 use kvarn::pool::Layer;
 use kvarn::tables::{Place, Span};
+use kvarn::{Aligned, DType};
 
 use crate::TensorMut;
-use crate::dtype::{load, slot_dtype};
+use crate::dtype::{convert, sixteen, slot_dtype};
 use crate::features::dispatch;
+use crate::lanes::{BestTurn, Floats, with_floats};
 use crate::pool::Pool;
-
-/// Tokens of a slot that are read at once.
-const TOGETHER: usize = 16;
 
 /// One tile of one KV head in float32, the way matrix products want it.
 #[derive(Debug, Default)]
 pub(crate) struct TileBuffer {
     /// `[head_dim, group]` when it holds keys, `[group, head_dim]` when it holds values.
-    pub values: Vec<f32>,
+    pub values: Aligned<f32>,
     scratch: DecodeScratch,
-    rows: Vec<f32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,14 +38,30 @@ pub(crate) unsafe fn record<'a>(pool: &'a Pool, layer: &Layer, page: usize, head
 }
 
 impl TileBuffer {
-    /// Reads the spans of one tile. Positions outside the spans are 0.
-    pub(crate) fn read(&mut self, pool: &Pool, layer: &Layer, head: usize, spans: &[Span], want: Want) {
+    /// Reads the spans of one tile. Returns to where it is filled, a multiple of 16 tokens: positions before it that are
+    /// outside the spans are 0.
+    pub(crate) fn read(
+        &mut self,
+        pool: &Pool,
+        layer: &Layer,
+        head: usize,
+        spans: &[Span],
+        want: Want,
+    ) -> usize {
         let (group, head_dim) = (pool.layout().config.group(), layer.shape.head_dim);
         let covered: usize = spans.iter().map(|span| span.count).sum();
-        self.values.resize(group * head_dim, 0.0);
-        if covered < group {
+        let end = spans.iter().map(|span| span.offset + span.count).max().unwrap_or(0).next_multiple_of(16);
+        self.values.resize(group * head_dim);
+        if covered < end {
             // What an earlier tile left here, perhaps of another head, must not be multiplied, not even by 0.
-            self.values.fill(0.0);
+            match want {
+                Want::Keys => {
+                    for channel in self.values.chunks_exact_mut(group) {
+                        channel[..end].fill(0.0);
+                    }
+                }
+                Want::Values => self.values[..end * head_dim].fill(0.0),
+            }
         }
         // A partly sealed sink tile has two spans: the page gives the whole tile, the slot then replaces its sinks.
         for span in spans {
@@ -66,6 +80,7 @@ impl TileBuffer {
                 self.read_slot(pool, layer, head, (slot, span.offset, span.count), want);
             }
         }
+        end
     }
 
     /// Copies one token, of the tile that was read, to `row` `[head_dim]`.
@@ -92,33 +107,42 @@ impl TileBuffer {
         let (group, head_dim) = (pool.layout().config.group(), layer.shape.head_dim);
         let dtype = slot_dtype(pool.layout().slot_type);
         let base = pool.slot(layer, slot, head, usize::from(want == Want::Values));
-        self.rows.resize(TOGETHER * head_dim, 0.0);
-        for first in (offset..offset + count).step_by(TOGETHER) {
-            let tokens = TOGETHER.min(offset + count - first);
-            let rows = match want {
-                Want::Values => &mut self.values[first * head_dim..][..tokens * head_dim],
-                Want::Keys => &mut self.rows[..tokens * head_dim],
-            };
-            // SAFETY: first + tokens ≤ group, so the rows lie within the slot's matrix; stored tokens are not written again
-            // while the sequence is read.
-            unsafe { load(dtype, base.add(first * head_dim * dtype.bytes()), rows) };
-            if want == Want::Keys {
-                transpose(&self.rows, &mut self.values[first..], [tokens, head_dim, group]);
-            }
+        // SAFETY: offset + count ≤ group, so the rows lie within the slot's matrix; stored tokens are not written again while
+        // the sequence is read.
+        let rows = unsafe {
+            let row_bytes = head_dim * dtype.bytes();
+            std::slice::from_raw_parts(base.add(offset * row_bytes), count * row_bytes)
+        };
+        match want {
+            Want::Values => convert(dtype, rows, &mut self.values[offset * head_dim..][..count * head_dim]),
+            Want::Keys => transpose(dtype, rows, &mut self.values[offset..], head_dim, group),
         }
     }
 }
 
-dispatch! {
-    /// Rows `[tokens, head_dim]` to columns of `out`, whose rows lie `stride` apart: `[tokens, head_dim, stride]`.
-    fn transpose(rows: &[f32], out: &mut [f32], shape: [usize; 3]) = transpose_body
+/// Rows of `head_dim` elements to columns of `out`, whose rows lie `stride` apart.
+fn transpose(dtype: DType, rows: &[u8], out: &mut [f32], head_dim: usize, stride: usize) {
+    with_floats!(transpose_with(dtype: DType, rows: &[u8], out: &mut [f32], head_dim: usize, stride: usize) -> ());
 }
 
 #[inline(always)]
-fn transpose_body<const FMA: bool>(rows: &[f32], out: &mut [f32], [tokens, head_dim, stride]: [usize; 3]) {
-    for (channel, out) in out.chunks_mut(stride).enumerate().take(head_dim) {
-        for (token, value) in out[..tokens].iter_mut().enumerate() {
-            *value = rows[token * head_dim + channel];
+fn transpose_with<F: Floats>(dtype: DType, rows: &[u8], out: &mut [f32], head_dim: usize, stride: usize) {
+    let (row_bytes, block_bytes) = (head_dim * dtype.bytes(), 16 * dtype.bytes());
+    let (mut square, mut turned) = ([0.0; 256], [0.0; 256]);
+    for (first, rows) in (0..).step_by(16).zip(rows.chunks(16 * row_bytes)) {
+        for block in 0..head_dim / 16 {
+            for (row, square) in rows.chunks_exact(row_bytes).zip(square.as_chunks_mut::<16>().0) {
+                sixteen::<F>(dtype, &row[block * block_bytes..][..block_bytes]).store(square);
+            }
+            BestTurn::floats(&square, &mut turned);
+            let tokens = rows.len() / row_bytes;
+            for (channel, turned) in turned.as_chunks::<16>().0.iter().enumerate() {
+                let out = &mut out[(16 * block + channel) * stride + first..][..tokens];
+                match out.try_into() {
+                    Ok(all) => F::load(turned).store(all),
+                    Err(_) => out.copy_from_slice(&turned[..tokens]),
+                }
+            }
         }
     }
 }

@@ -2,8 +2,7 @@
 
 use kvarn::codec::SlotType;
 
-use crate::features::{Level, level};
-use crate::lanes::{Floats, Lanes, Plain};
+use crate::lanes::{Floats, with_floats};
 use kvarn::DType;
 
 /// Elements of a vector.
@@ -11,43 +10,17 @@ const LANES: usize = 16;
 /// Values beyond it would be counted: of a half, and of an input that was cut, as a rotation keeps the norm.
 const LARGEST: f32 = 65504.0;
 
-/// Compiles `$body`, generic over [`Floats`], for each instruction set, and calls the best one.
-macro_rules! with_floats {
-    ($body:ident($($arg:ident: $type:ty),*)) => {{
-        #[cfg(target_arch = "x86_64")]
-        {
-            use crate::lanes::{Avx2, Avx512};
-            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
-            fn avx512($($arg: $type),*) -> bool {
-                $body::<<Avx512<false> as Lanes>::Floats>($($arg),*)
-            }
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2($($arg: $type),*) -> bool {
-                $body::<<Avx2 as Lanes>::Floats>($($arg),*)
-            }
-            match level() {
-                // SAFETY: the features were found on this processor.
-                Level::Avx512Vnni | Level::Avx512 => return unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
-                Level::Avx2 => return unsafe { avx2($($arg),*) },
-                Level::Portable => {}
-            }
-        }
-        $body::<<Plain as Lanes>::Floats>($($arg),*)
-    }};
-}
-
 /// Rotates a row and stores it, rounded to the slot's type. False, and nothing done, if the head dim is not 64, 128 or 256, or
 /// if something of the row must be counted: what is not finite or saturates.
 ///
 /// What is stored has the bits that [`kvarn::codec::Rotation`] and [`kvarn::codec::round_to_slot`] give.
 pub(crate) fn store_rotated(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool {
-    with_floats!(store_with(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType))
+    with_floats!(store_with(from: &[u8], dtype: DType, to: &mut [u8], slot: SlotType) -> bool)
 }
 
 /// The same to float32.
 pub(crate) fn load_rotated(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType) -> bool {
-    with_floats!(load_with(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType))
+    with_floats!(load_with(from: &[u8], dtype: DType, to: &mut [f32], slot: SlotType) -> bool)
 }
 
 #[inline(always)]
@@ -114,11 +87,7 @@ fn rotated<F: Floats, const VECTORS: usize>(from: &[u8], dtype: DType) -> Option
         }
         DType::Float32 => {
             for index in 0..VECTORS {
-                let mut values = [0.0; LANES];
-                for (value, from) in values.iter_mut().zip(from[64 * index..][..64].as_chunks::<4>().0) {
-                    *value = f32::from_le_bytes(*from);
-                }
-                row[index] = F::load(&values);
+                row[index] = F::load_bytes(from[64 * index..][..64].try_into().expect("64 bytes"));
             }
         }
     }
@@ -185,6 +154,7 @@ mod tests {
     use kvarn::codec::{Rotation, round_to_slot};
 
     use super::*;
+    use crate::lanes::{Lanes, Plain};
 
     type Store = fn(&[u8], DType, &mut [u8], SlotType) -> bool;
 

@@ -47,7 +47,6 @@ impl Leaf<'_> {
         let columns = self.block.columns();
         let mut partial = Partial::empty(columns, head_dim);
         scratch.weights.resize(columns * LEAF_TOKENS);
-        scratch.weights.fill(0.0);
         let tiles: Vec<(usize, &[Span])> = self.tiles().collect();
         let behind =
             |index: usize, want: Want| tiles.get(index + 1).map(|&(_, tile)| self.matrix(tile, want));
@@ -58,9 +57,13 @@ impl Leaf<'_> {
             if self.multiply_record(tile, Want::Keys, q, &mut logits, next, &mut scratch.integer) {
                 continue;
             }
-            scratch.tile.read(self.source.pool, self.source.layer, self.source.head, tile, Want::Keys);
+            let Source { pool, layer, head, .. } = *self.source;
+            let tokens = scratch.tile.read(pool, layer, head, tile, Want::Keys);
+            for row in logits.values.chunks_mut(LEAF_TOKENS) {
+                row[..tokens].fill(0.0);
+            }
             let keys = Matrix { values: &scratch.tile.values, stride: group };
-            multiply_add(q, keys, &mut logits, [columns, group, head_dim]);
+            multiply_add(q, keys, &mut logits, [columns, tokens, head_dim]);
         }
         for (column, weights) in scratch.weights.chunks_exact_mut(LEAF_TOKENS).enumerate() {
             let seen = self.seen(column);
@@ -77,15 +80,16 @@ impl Leaf<'_> {
             if self.multiply_record(tile, Want::Values, weights, &mut out, next, &mut scratch.integer) {
                 continue;
             }
-            scratch.tile.read(self.source.pool, self.source.layer, self.source.head, tile, Want::Values);
+            let Source { pool, layer, head, .. } = *self.source;
+            let tokens = scratch.tile.read(pool, layer, head, tile, Want::Values);
             let values = Matrix { values: &scratch.tile.values, stride: head_dim };
-            multiply_add(weights, values, &mut out, [columns, head_dim, group]);
+            multiply_add(weights, values, &mut out, [columns, head_dim, tokens]);
         }
         partial
     }
 
-    /// `out += x · matrix` with a matrix of a tile that is a record and nothing else, in integers; false if that is not
-    /// possible, and nothing is done. `next`: what will be read next.
+    /// `x · matrix` with a matrix of a tile that is a record and nothing else, in integers: keys set `out`, values are added
+    /// to it; false if that is not possible, and nothing is done. `next`: what will be read next.
     fn multiply_record(
         &self,
         tile: &[Span],

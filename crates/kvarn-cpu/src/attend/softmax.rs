@@ -82,32 +82,24 @@ pub(super) fn exp2(x: f32) -> f32 {
     exp2_lane::<false>(x)
 }
 
-/// Splits off the nearest integer and evaluates a polynomial on [-1/2, 1/2]: the Taylor coefficients ln(2)^n / n!, whose
-/// remainder there is below half an ulp.
+/// Splits off the nearest integer and evaluates a polynomial on [-1/2, 1/2]: of those of degree 5 that are 1 at 0, the one
+/// whose largest relative error there is the smallest, 1e-7.
 #[inline(always)]
 fn exp2_lane<const FMA: bool>(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
-    const C: [f32; 8] = [
-        1.0,
-        std::f32::consts::LN_2,
-        0.240_226_5,
-        0.055_504_11,
-        0.009_618_129,
-        0.001_333_355_8,
-        0.000_154_035_3,
-        0.000_015_252_73,
-    ];
-    // Clamped for the exponent arithmetic; written so that NaN passes.
-    let clamped = if x < -126.0 { -126.0 } else { x };
+    #[allow(clippy::approx_constant)] // near ln 2, and not it
+    const C: [f32; 6] = [1.0, 0.693_147, 0.240_222_42, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
+    // Whose power is 0; written so that NaN passes.
+    let clamped = if x < -126.0 { -127.0 } else { x };
     let rounded = clamped + ROUND;
     let rest = clamped - (rounded - ROUND);
-    let mut value = C[7];
-    for c in C[..7].iter().rev() {
+    let mut value = C[5];
+    for c in C[..5].iter().rev() {
         value = fma::<FMA>(value, rest, *c);
     }
     // The integer lies in the lowest bits; a conversion, which saturates, would be done lane by lane.
     let power = f32::from_bits((rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23);
-    if x < -126.0 { 0.0 } else { value * power }
+    value * power
 }
 
 #[cfg(test)]

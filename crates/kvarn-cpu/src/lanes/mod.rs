@@ -18,6 +18,34 @@ pub(crate) use x86::SseTurn as BestTurn;
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) use kvarn::codec::PlainTurn as BestTurn;
 
+/// Compiles `$body`, generic over [`Floats`], for each instruction set, and calls the best one.
+macro_rules! with_floats {
+    ($body:ident($($arg:ident: $type:ty),*) -> $result:ty) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::features::{Level, level};
+            use crate::lanes::{Avx2, Avx512, Lanes};
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+            fn avx512($($arg: $type),*) -> $result {
+                $body::<<Avx512<false> as Lanes>::Floats>($($arg),*)
+            }
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $type),*) -> $result {
+                $body::<<Avx2 as Lanes>::Floats>($($arg),*)
+            }
+            match level() {
+                // SAFETY: the features were found on this processor.
+                Level::Avx512Vnni | Level::Avx512 => return unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                Level::Avx2 => return unsafe { avx2($($arg),*) },
+                Level::Portable => {}
+            }
+        }
+        $body::<<$crate::lanes::Plain as $crate::lanes::Lanes>::Floats>($($arg),*)
+    }};
+}
+pub(crate) use with_floats;
+
 /// Sixteen integers of 32 bits, or sixty-four bytes.
 pub(crate) trait Lanes: Copy {
     type Floats: Floats<Integers = Self>;
@@ -75,6 +103,9 @@ pub(crate) trait Floats: Copy {
     fn load(values: &[f32; 16]) -> Self;
 
     fn store(self, values: &mut [f32; 16]);
+
+    /// Of sixteen float32 in bytes.
+    fn load_bytes(bytes: &[u8; 64]) -> Self;
 
     /// Of sixteen halves.
     fn load_halves(halves: &[u8; 32]) -> Self;

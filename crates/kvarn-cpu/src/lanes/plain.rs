@@ -103,6 +103,10 @@ impl Floats for PlainFloats {
         *values = self.0;
     }
 
+    fn load_bytes(bytes: &[u8; 64]) -> Self {
+        Self(from_fn(|lane| f32::from_le_bytes(from_fn(|byte| bytes[4 * lane + byte]))))
+    }
+
     fn load_halves(halves: &[u8; 32]) -> Self {
         Self(from_fn(|lane| f16::from_le_bytes([halves[2 * lane], halves[2 * lane + 1]]).to_f32()))
     }

@@ -2,7 +2,7 @@
 
 use crate::prefetch::{LINE, fetch};
 
-/// Bytes to fetch into the cache, a share at each step.
+/// Bytes to fetch, a share at each step: a line or two, as more at once would be waited for.
 pub(super) struct Ahead<'a> {
     rest: &'a [u8],
     share: usize,

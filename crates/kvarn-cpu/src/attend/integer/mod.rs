@@ -69,8 +69,8 @@ pub(super) fn serves(layout: &MatrixLayout) -> bool {
     turned::serves(layout.code_order.words())
 }
 
-/// `out += x · matrix`, where `serves`; `x` `[columns, rows]`, `out` `[columns, matrix columns]`. False, and nothing done, if
-/// something of `x` is not finite. The processor has `level`. `next`: what will be read next.
+/// `out = x · matrix` of keys, `out += x · matrix` of values, where `serves`; `x` `[columns, rows]`, `out` `[columns, matrix
+/// columns]`. False, and nothing done, if something of `x` is not finite. The processor has `level`. `next`: what will be read next.
 #[allow(clippy::too_many_arguments)] // the parts of one call
 pub(super) fn multiply(
     level: Level,
@@ -149,20 +149,20 @@ fn multiply_with<L: Lanes>(
         // Factors are off by a 12th of their unit's square, codes from the middle by a 12th of their range's, in the mean.
         error_of_unit: parameters.largest_column_scale * middle as f32 / 6.0 * (layout.rows as f32).sqrt(),
     };
-    let mut ahead = Ahead::new(next, columns.div_ceil(TOGETHER) * of_columns);
+    let mut ahead = Ahead::new(next, columns.div_ceil(TOGETHER) * of_columns * rows);
     for (index, factors) in factors[..columns.div_ceil(TOGETHER)].iter().enumerate() {
         let (stride, columns) = (out.stride, columns - index * TOGETHER);
         let mut out = MatrixMut { values: &mut out.values[index * TOGETHER * stride..], stride };
         let out = &mut out;
         with_columns!(columns, C => match (order.bits(), order.side()) {
-            (Bits::Two, Side::Key) => product.add_logits::<L, 2, true, C>(factors, refined, out, &mut ahead),
-            (Bits::Two, Side::Value) => product.add::<L, 2, false, C>(factors, out, &mut ahead),
-            (Bits::Three, Side::Key) => product.add_logits::<L, 3, true, C>(factors, refined, out, &mut ahead),
-            (Bits::Three, Side::Value) => product.add::<L, 3, false, C>(factors, out, &mut ahead),
-            (Bits::Four, Side::Key) => product.add_logits::<L, 4, true, C>(factors, refined, out, &mut ahead),
-            (Bits::Four, Side::Value) => product.add::<L, 4, false, C>(factors, out, &mut ahead),
-            (Bits::Eight, Side::Key) => product.add_logits::<L, 8, true, C>(factors, refined, out, &mut ahead),
-            (Bits::Eight, Side::Value) => product.add::<L, 8, false, C>(factors, out, &mut ahead),
+            (Bits::Two, Side::Key) => product.logits::<L, 2, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Two, Side::Value) => product.add::<L, 2, false, true, C>(factors, out, &mut ahead),
+            (Bits::Three, Side::Key) => product.logits::<L, 3, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Three, Side::Value) => product.add::<L, 3, false, true, C>(factors, out, &mut ahead),
+            (Bits::Four, Side::Key) => product.logits::<L, 4, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Four, Side::Value) => product.add::<L, 4, false, true, C>(factors, out, &mut ahead),
+            (Bits::Eight, Side::Key) => product.logits::<L, 8, true, C>(factors, refined, out, &mut ahead),
+            (Bits::Eight, Side::Value) => product.add::<L, 8, false, true, C>(factors, out, &mut ahead),
         });
     }
     true
@@ -180,16 +180,16 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Adds logits of `C` columns, with a second product where one needs it.
+    /// Sets logits of `C` columns, with a second product where one needs it.
     #[inline(always)]
-    fn add_logits<L: Lanes, const BITS: usize, const KEY: bool, const C: usize>(
+    fn logits<L: Lanes, const BITS: usize, const KEY: bool, const C: usize>(
         &self,
         factors: &Factors,
         refined: &mut Factors,
         out: &mut MatrixMut<'_>,
         ahead: &mut Ahead<'_>,
     ) {
-        self.add::<L, BITS, KEY, C>(factors, out, ahead);
+        self.add::<L, BITS, KEY, false, C>(factors, out, ahead);
         // For each column by itself: what it gets must not depend on the others. Beside one that gets it, zeros are added.
         let (mut wanted, mut any) = ([false; C], false);
         for column in 0..C {
@@ -198,13 +198,13 @@ impl Product<'_> {
         }
         if any {
             factors.refine::<L::Floats, C>(wanted, refined);
-            self.add::<L, BITS, KEY, C>(refined, out, ahead);
+            self.add::<L, BITS, KEY, true, C>(refined, out, ahead);
         }
     }
 
-    /// Adds to `C` columns of `out` what factors and codes give.
+    /// Sets `C` columns of `out` to what factors and codes give, or, where `ADD`, adds it.
     #[inline(always)]
-    fn add<L: Lanes, const BITS: usize, const KEY: bool, const C: usize>(
+    fn add<L: Lanes, const BITS: usize, const KEY: bool, const ADD: bool, const C: usize>(
         &self,
         factors: &Factors,
         out: &mut MatrixMut<'_>,
@@ -223,9 +223,9 @@ impl Product<'_> {
             *row = &mut out.as_chunks_mut::<16>().0[..scale.len()];
         }
         for at in 0..scale.len() {
-            ahead.step();
             let (mut high, mut low) = ([L::splat(0); C], from_middle);
             for (block, bytes) in factors.bytes.as_chunks::<C>().0.iter().enumerate() {
+                ahead.step();
                 let fragment = at * self.codes.turn + block * self.codes.step;
                 if Codes::shares::<BITS>(fragment) {
                     self.dots::<L, BITS, KEY, true, C>(fragment, bytes, &mut low, &mut high);
@@ -237,7 +237,8 @@ impl Product<'_> {
             for column in 0..C {
                 let sums = low[column].add(high[column].shifted(HIGH)).floats();
                 let out = &mut rows[column][at];
-                sums.mul_add(unit[column], zero[column]).mul_add(scale, L::Floats::load(out)).store(out);
+                let before = if ADD { L::Floats::load(out) } else { L::Floats::splat(0.0) };
+                sums.mul_add(unit[column], zero[column]).mul_add(scale, before).store(out);
             }
         }
     }

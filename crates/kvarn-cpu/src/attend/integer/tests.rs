@@ -86,7 +86,10 @@ fn products_agree_with_decoded_records_and_between_instruction_sets() {
                             out
                         });
                         let out = outs.next().unwrap();
-                        let found = errors(matrix, &record, &x, &out, &before);
+                        // Keys set what values are added to.
+                        let zeros = vec![0.0; before.len()];
+                        let from = if matrix == &layout.key { &zeros } else { &before };
+                        let found = errors(matrix, &record, &x, &out, from);
                         assert!(
                             found.iter().all(|error| *error < 5e-4),
                             "{bits:?} {head_dim} {group} {:?}: {found:?}",
@@ -143,14 +146,14 @@ fn what_is_zero_tiny_huge_or_not_finite() {
                     assert_eq!(out, before);
                 }
             }
-            let mut out = vec![1.0; matrix.columns];
-            let x = vec![0.0; matrix.rows];
+            let (mut out, zeros) = (vec![1.0; matrix.columns], vec![0.0; matrix.rows]);
             let (x, mut to) = (
-                Matrix { values: &x, stride: matrix.rows },
+                Matrix { values: &zeros, stride: matrix.rows },
                 MatrixMut { values: &mut out, stride: matrix.columns },
             );
             assert!(multiply(level, matrix, &record, x, &mut to, 1, &[], &mut scratch));
-            assert_eq!(out, vec![1.0; matrix.columns]);
+            let expected = if matrix == &layout.key { 0.0 } else { 1.0 };
+            assert_eq!(out, vec![expected; matrix.columns]);
         }
     }
 }

@@ -192,6 +192,12 @@ impl Floats for Avx2Floats {
     }
 
     #[inline(always)]
+    fn load_bytes(bytes: &[u8; 64]) -> Self {
+        let at: *const f32 = bytes.as_ptr().cast();
+        Self(unsafe { [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))] })
+    }
+
+    #[inline(always)]
     fn load_halves(halves: &[u8; 32]) -> Self {
         let at: *const __m128i = halves.as_ptr().cast();
         Self(unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at.add(1)))] })

@@ -159,6 +159,11 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
     }
 
     #[inline(always)]
+    fn load_bytes(bytes: &[u8; 64]) -> Self {
+        Self(unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) })
+    }
+
+    #[inline(always)]
     fn load_halves(halves: &[u8; 32]) -> Self {
         Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast())) })
     }
