@@ -12,8 +12,7 @@ use crate::dtype::{load, slot_dtype, store};
 use crate::features::dispatch;
 use crate::lanes::BestTurn;
 use crate::pool::Pool;
-use crate::prefetch::{LINE, fetch_to_write};
-use crate::rows::{load_rotated, store_rotated};
+use crate::rows::{Row, load_rotated, serves, store_rotated};
 
 dispatch! {
     /// What is done to a row before it is stored: non-finite elements become 0, then it is rotated and rounded to the slot
@@ -72,111 +71,139 @@ fn encode_tile_body<const FMA: bool>(
     *counts += encoder.encode::<BestTurn>(k, v, record);
 }
 
-/// Asks for the memory that a sequence's writes of one KV head will go to, so that these do not wait one for the other: rows
-/// of different heads and sequences lie far apart.
-pub(crate) fn prepare_writes(pool: &Pool, layer: &Layer, plan: &SequencePlan, head: usize) {
-    let bytes = layer.shape.head_dim * pool.layout().slot_type.bytes();
-    for write in &plan.writes {
-        for side in 0..2 {
-            let first = pool.slot(layer, write.slot, head, side).wrapping_add(write.offset * bytes);
-            // What one token takes; the lines behind follow by themselves.
-            for offset in (0..bytes).step_by(LINE) {
-                fetch_to_write(first.wrapping_add(offset));
-            }
-        }
-    }
+/// The new tokens of a step for one layer.
+#[derive(Clone, Copy)]
+pub(crate) struct NewTokens<'a> {
+    pub pool: &'a Pool,
+    pub layer: &'a Layer,
+    /// `[tokens, kv_heads, head_dim]`.
+    pub k: &'a TensorRef<'a>,
+    pub v: &'a TensorRef<'a>,
+    /// Whether they are in the rotated frame already.
+    pub rotated: bool,
 }
 
-/// Carries out a sequence's plan for one KV head of one layer.
-pub(crate) fn append_head(
-    pool: &Pool,
-    layer: &Layer,
-    plan: &SequencePlan,
-    head: usize,
-    k: &TensorRef<'_>,
-    v: &TensorRef<'_>,
-    rotated: bool,
-) -> EncodeCounts {
-    let head_dim = layer.shape.head_dim;
-    let mut counts = EncodeCounts::default();
-    let stored = |write: &SlotWrite| {
-        !rotated && (0..write.count).all(|index| store_rows(pool, layer, head, [k, v], write, index))
-    };
-    if plan.copy.is_none() && plan.seals.is_empty() && plan.writes.iter().all(stored) {
-        return counts;
+impl NewTokens<'_> {
+    /// Whether rows can be stored straight.
+    fn straight(&self) -> bool {
+        !self.rotated && serves(self.layer.shape.head_dim)
     }
-    WORKSPACE.with_borrow_mut(|workspace| {
-        let Workspace { tile, encoder } = workspace;
-        tile.resize(pool.layout().config.group(), head_dim);
-        let rotation = (!rotated).then_some(&layer.rotation);
-        let read = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
-            let mut counts = EncodeCounts::default();
-            for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
-                let out = &mut out[offset * head_dim..][..count * head_dim];
-                for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                    read_row(
-                        tensor,
-                        (row + index, head),
-                        rotation,
-                        pool.layout().slot_type,
-                        out,
-                        &mut counts,
-                    );
-                }
-            }
-            counts
-        };
-        if let Some(SlotCopy { from, to }) = plan.copy {
-            tile.read_slot(pool, layer, head, from);
-            tile.write_slot(pool, layer, head, (to, 0, pool.layout().config.group()));
-        }
-        for write in &plan.writes {
-            if !stored(write) {
-                counts += read(tile, write.offset, write.row, write.count);
-                tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
-            }
-        }
-        for seal in &plan.seals {
-            match seal.source {
-                SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
-                SealSource::Rows(row) => counts += read(tile, 0, row, pool.layout().config.group()),
-                SealSource::SharedSlot { slot, stored, row } => {
-                    tile.read_slot(pool, layer, head, slot);
-                    counts += read(tile, stored, row, pool.layout().config.group() - stored);
-                }
-            }
-            let bytes = layer.layout.record_bytes;
-            // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
-            // call is the only one of the step for this layer, sequence and head.
-            let record =
-                unsafe { std::slice::from_raw_parts_mut(pool.record(layer, seal.page, head), bytes) };
-            encode_tile(encoder_for(encoder, &layer.config), &tile.k, &tile.v, record, &mut counts);
-        }
-    });
-    counts
-}
 
-/// Stores a token of a write straight from its rows of K and V; false if something of them must be counted, and then both are
-/// to be stored in another way.
-fn store_rows(
-    pool: &Pool,
-    layer: &Layer,
-    head: usize,
-    rows: [&TensorRef<'_>; 2],
-    write: &SlotWrite,
-    index: usize,
-) -> bool {
-    let slot_type = pool.layout().slot_type;
-    let bytes = layer.shape.head_dim * slot_type.bytes();
-    for (side, tensor) in rows.into_iter().enumerate() {
-        let base = pool.slot(layer, write.slot, head, side);
-        // SAFETY: as in `Tile::write_slot`.
-        let to = unsafe { std::slice::from_raw_parts_mut(base.add((write.offset + index) * bytes), bytes) };
-        if !store_rotated(tensor.row(write.row + index, head), tensor.dtype(), to, slot_type) {
-            return false;
+    /// Adds the rows of a write: of each token K and V.
+    #[inline(always)]
+    fn rows<'a>(&'a self, head: usize, write: &SlotWrite, rows: &mut Vec<Row<'a>>) {
+        let bytes = self.layer.shape.head_dim * self.pool.layout().slot_type.bytes();
+        for (side, tensor) in [self.k, self.v].into_iter().enumerate() {
+            let base = self.pool.slot(self.layer, write.slot, head, side);
+            for index in 0..write.count {
+                // SAFETY: as in `Tile::write_slot`; the rows of a step are disjoint.
+                let to = unsafe {
+                    std::slice::from_raw_parts_mut(base.add((write.offset + index) * bytes), bytes)
+                };
+                rows.push(Row { from: tensor.row(write.row + index, head), to, stored: false });
+            }
         }
     }
-    true
+
+    fn store(&self, rows: &mut [Row<'_>]) {
+        store_rotated(rows, self.k.dtype(), self.pool.layout().slot_type);
+    }
+
+    /// Carries out the plans of sequences none of which has anything to seal.
+    pub(crate) fn append_sequences(&self, plans: &[SequencePlan]) -> EncodeCounts {
+        let heads = self.layer.shape.kv_heads;
+        let (mut counts, mut rows, mut owners) = (EncodeCounts::default(), vec![], vec![]);
+        rows.reserve(2 * heads * plans.len());
+        for (index, plan) in plans.iter().enumerate() {
+            // What is copied to a slot comes before what is written to it.
+            let straight = self.straight() && plan.copy.is_none();
+            let first = rows.len();
+            for head in 0..heads {
+                if straight {
+                    plan.writes.iter().for_each(|write| self.rows(head, write, &mut rows));
+                } else {
+                    counts += self.append_head(plan, head);
+                }
+            }
+            owners.push((index, first..rows.len()));
+        }
+        self.store(&mut rows);
+        if rows.iter().all(|row| row.stored) {
+            return counts;
+        }
+        for (index, range) in owners {
+            // Heads of a sequence have as many rows each.
+            let rows_of_head = (range.len() / heads).max(1);
+            for (head, rows) in rows[range].chunks(rows_of_head).enumerate() {
+                if !rows.iter().all(|row| row.stored) {
+                    // Once more from the start: what of it must be counted is found there.
+                    counts += self.append_head(&plans[index], head);
+                }
+            }
+        }
+        counts
+    }
+
+    /// Carries out a sequence's plan for one KV head.
+    pub(crate) fn append_head(&self, plan: &SequencePlan, head: usize) -> EncodeCounts {
+        let Self { pool, layer, k, v, rotated } = *self;
+        let head_dim = layer.shape.head_dim;
+        let mut counts = EncodeCounts::default();
+        WORKSPACE.with_borrow_mut(|workspace| {
+            let Workspace { tile, encoder } = workspace;
+            tile.resize(pool.layout().config.group(), head_dim);
+            let rotation = (!rotated).then_some(&layer.rotation);
+            let read = |tile: &mut Tile, offset: usize, row: usize, count: usize| {
+                let mut counts = EncodeCounts::default();
+                for (tensor, out) in [(k, &mut tile.k), (v, &mut tile.v)] {
+                    let out = &mut out[offset * head_dim..][..count * head_dim];
+                    for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                        read_row(
+                            tensor,
+                            (row + index, head),
+                            rotation,
+                            pool.layout().slot_type,
+                            out,
+                            &mut counts,
+                        );
+                    }
+                }
+                counts
+            };
+            if let Some(SlotCopy { from, to }) = plan.copy {
+                tile.read_slot(pool, layer, head, from);
+                tile.write_slot(pool, layer, head, (to, 0, pool.layout().config.group()));
+            }
+            for write in &plan.writes {
+                let mut rows = vec![];
+                if self.straight() {
+                    self.rows(head, write, &mut rows);
+                    self.store(&mut rows);
+                }
+                if !self.straight() || !rows.iter().all(|row| row.stored) {
+                    counts += read(tile, write.offset, write.row, write.count);
+                    tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
+                }
+            }
+            for seal in &plan.seals {
+                match seal.source {
+                    SealSource::Slot(slot) => tile.read_slot(pool, layer, head, slot),
+                    SealSource::Rows(row) => counts += read(tile, 0, row, pool.layout().config.group()),
+                    SealSource::SharedSlot { slot, stored, row } => {
+                        tile.read_slot(pool, layer, head, slot);
+                        counts += read(tile, stored, row, pool.layout().config.group() - stored);
+                    }
+                }
+                let bytes = layer.layout.record_bytes;
+                // SAFETY: `record` points to that many bytes of the pool's mapping. The page was free before this step, and this
+                // call is the only one of the step for this layer, sequence and head.
+                let record =
+                    unsafe { std::slice::from_raw_parts_mut(pool.record(layer, seal.page, head), bytes) };
+                encode_tile(encoder_for(encoder, &layer.config), &tile.k, &tile.v, record, &mut counts);
+            }
+        });
+        counts
+    }
 }
 
 /// What an append works with, kept per thread: most appends store one token, and must not pay for whole tiles.

@@ -5,10 +5,9 @@ use std::sync::Arc;
 
 use kvarn::codec::EncodeCounts;
 use kvarn::pool::{AttendOptions, OpenStep, check_attend, check_rows};
-use kvarn::tables::SequencePlan;
 use rayon::prelude::*;
 
-use crate::append::{append_head, prepare_writes};
+use crate::append::NewTokens;
 use crate::attend::attend;
 use crate::pool::Pool;
 use crate::threads::{install, share};
@@ -59,23 +58,15 @@ impl Step {
                     a += b;
                     a
                 };
-                let one = |sequence: &SequencePlan, head| {
-                    append_head(&self.pool, at, sequence, head, k, v, rotated)
-                };
-                let all = |sequence: &SequencePlan| {
-                    (0..heads).for_each(|head| prepare_writes(&self.pool, at, sequence, head));
-                    (0..heads).map(|head| one(sequence, head)).fold(EncodeCounts::default(), sum)
-                };
+                let tokens = NewTokens { pool: &self.pool, layer: at, k, v, rotated };
                 let sequences = &plan.sequences;
                 let seals = sequences.iter().any(|sequence| !sequence.seals.is_empty());
                 let counts = if seals {
-                    let counts = |index: usize| one(&sequences[index / heads], index % heads);
+                    let counts = |index: usize| tokens.append_head(&sequences[index / heads], index % heads);
                     let indices = 0..sequences.len() * heads;
                     install(|| indices.into_par_iter().map(counts).reduce(EncodeCounts::default, sum))
                 } else {
-                    let part = |part: Range<usize>| {
-                        sequences[part].iter().map(all).fold(EncodeCounts::default(), sum)
-                    };
+                    let part = |part: Range<usize>| tokens.append_sequences(&sequences[part]);
                     // A row takes less time than handing it to another thread.
                     let few = plan.tokens * heads <= FEW_ROWS;
                     let parts =

@@ -1,6 +1,7 @@
 //! The threads of this backend: `KVARN_NUM_THREADS` of them, by default one per core.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -24,23 +25,49 @@ pub(crate) fn install<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     }
 }
 
-/// Cuts `0..count` into a part for each thread and returns what `work` makes of them. The caller's thread does the first, so
-/// that short work does not wait for two others to wake.
+/// Blocks that each thread would get if all were equally quick.
+const BLOCKS: usize = 4;
+/// How often the caller looks whether the others have finished before it sleeps until they have: some ten microseconds, about what
+/// being woken takes.
+const LOOKS: usize = 1_000;
+
+/// Cuts `0..count` into blocks, which the caller and the threads take one after the other, and returns what `work` makes of
+/// them, in no order. What a thread that wakes late has not taken, the caller does.
 pub(crate) fn share<R: Send>(count: usize, work: impl Fn(Range<usize>) -> R + Sync) -> Vec<R> {
     let pool = pool();
-    let parts = pool.as_ref().map_or(1, |pool| pool.current_num_threads()).min(count).max(1);
-    let range = |part: usize| count * part / parts..count * (part + 1) / parts;
-    let mut results: Vec<Option<R>> = (0..parts).map(|_| None).collect();
-    let (first, others) = results.split_first_mut().expect("one part at least");
+    let threads = pool.as_ref().map_or(1, |pool| pool.current_num_threads()).min(count).max(1);
+    let block = count.div_ceil(BLOCKS * threads).max(1);
+    let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let blocks = || {
+        let mut results = Vec::new();
+        loop {
+            let first = next.fetch_add(block, Ordering::Relaxed);
+            if first >= count {
+                return results;
+            }
+            results.push(work(first..(first + block).min(count)));
+        }
+    };
+    let mut results: Vec<Vec<R>> = (0..threads).map(|_| Vec::new()).collect();
+    let (ours, others) = results.split_first_mut().expect("one part at least");
     match pool {
         Some(pool) if !others.is_empty() => pool.in_place_scope(|scope| {
-            for (part, result) in (1..).zip(others) {
-                let work = &work;
-                scope.spawn(move |_| *result = Some(work(range(part))));
+            let (blocks, finished, spawned) = (&blocks, &finished, others.len());
+            for result in others {
+                scope.spawn(move |_| {
+                    *result = blocks();
+                    finished.fetch_add(1, Ordering::Release);
+                });
             }
-            *first = Some(work(range(0)));
+            *ours = blocks();
+            for _ in 0..LOOKS {
+                if finished.load(Ordering::Acquire) == spawned {
+                    break;
+                }
+                std::hint::spin_loop();
+            }
         }),
-        _ => *first = Some(work(range(0))),
+        _ => *ours = blocks(),
     }
     results.into_iter().flatten().collect()
 }

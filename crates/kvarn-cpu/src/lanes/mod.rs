@@ -104,6 +104,9 @@ pub(crate) trait Floats: Copy {
 
     fn store(self, values: &mut [f32; 16]);
 
+    /// As bytes.
+    fn store_bytes(self, bytes: &mut [u8; 64]);
+
     /// Of sixteen float32 in bytes.
     fn load_bytes(bytes: &[u8; 64]) -> Self;
 

@@ -103,6 +103,12 @@ impl Floats for PlainFloats {
         *values = self.0;
     }
 
+    fn store_bytes(self, bytes: &mut [u8; 64]) {
+        for (bytes, lane) in bytes.chunks_exact_mut(4).zip(self.0) {
+            bytes.copy_from_slice(&lane.to_le_bytes());
+        }
+    }
+
     fn load_bytes(bytes: &[u8; 64]) -> Self {
         Self(from_fn(|lane| f32::from_le_bytes(from_fn(|byte| bytes[4 * lane + byte]))))
     }

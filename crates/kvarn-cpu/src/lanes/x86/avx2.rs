@@ -192,6 +192,15 @@ impl Floats for Avx2Floats {
     }
 
     #[inline(always)]
+    fn store_bytes(self, bytes: &mut [u8; 64]) {
+        let at: *mut f32 = bytes.as_mut_ptr().cast();
+        unsafe {
+            _mm256_storeu_ps(at, self.0[0]);
+            _mm256_storeu_ps(at.add(8), self.0[1]);
+        }
+    }
+
+    #[inline(always)]
     fn load_bytes(bytes: &[u8; 64]) -> Self {
         let at: *const f32 = bytes.as_ptr().cast();
         Self(unsafe { [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))] })

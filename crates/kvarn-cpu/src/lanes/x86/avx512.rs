@@ -159,6 +159,11 @@ impl<const VNNI: bool> Floats for Avx512Floats<VNNI> {
     }
 
     #[inline(always)]
+    fn store_bytes(self, bytes: &mut [u8; 64]) {
+        unsafe { _mm512_storeu_ps(bytes.as_mut_ptr().cast(), self.0) }
+    }
+
+    #[inline(always)]
     fn load_bytes(bytes: &[u8; 64]) -> Self {
         Self(unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) })
     }
