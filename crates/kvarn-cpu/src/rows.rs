@@ -23,8 +23,8 @@ pub(crate) struct Row<'a> {
 }
 
 /// Rows before the one whose memory is asked for: rows of different heads and sequences lie far apart, and must not wait one for
-/// the other.
-const AHEAD: usize = 8;
+/// the other. No more, as they lie multiples of 4 KB apart: the nearest cache has places for eight of these.
+const AHEAD: usize = 3;
 
 /// Whether rows of this length are rotated here.
 pub(crate) const fn serves(head_dim: usize) -> bool {
@@ -75,6 +75,9 @@ fn store_as<F: Floats, const VECTORS: usize>(rows: &mut [Row<'_>], dtype: DType,
 /// Of two rows at a time one is rotated within vectors and the other across them, which a processor does in different units.
 #[inline(always)]
 fn store<F: Floats, const VECTORS: usize>(rows: &mut [Row<'_>], dtype: DType, slot: SlotType) {
+    for row in rows.iter().take(AHEAD) {
+        ask_for(row.to.as_ptr(), row.to.len());
+    }
     let mut row = [F::splat(0.0); VECTORS];
     for index in 0..VECTORS {
         row[index] = within(vector::<F>(rows[0].from, dtype, index));
@@ -86,9 +89,7 @@ fn store<F: Floats, const VECTORS: usize>(rows: &mut [Row<'_>], dtype: DType, sl
         let ahead = rows[(at + AHEAD).min(rows.len() - 1)].to.as_ptr();
         let to = &mut *rows[at].to;
         assert_eq!(to.len(), LANES * VECTORS * slot.bytes());
-        for line in 0..LANES * VECTORS * slot.bytes() / LINE {
-            fetch_to_write(ahead.wrapping_add(LINE * line));
-        }
+        ask_for(ahead, LANES * VECTORS * slot.bytes());
         // Behind the last row it comes once more, to no end.
         let mut next = [F::splat(0.0); VECTORS];
         for index in 0..VECTORS {
@@ -111,6 +112,14 @@ fn store<F: Floats, const VECTORS: usize>(rows: &mut [Row<'_>], dtype: DType, sl
         }
         rows[at].stored = largest.at_most(LARGEST);
         row = next;
+    }
+}
+
+/// Asks for memory that will be written.
+#[inline(always)]
+fn ask_for(at: *const u8, bytes: usize) {
+    for offset in (0..bytes).step_by(LINE) {
+        fetch_to_write(at.wrapping_add(offset));
     }
 }
 

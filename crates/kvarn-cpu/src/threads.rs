@@ -25,8 +25,8 @@ pub(crate) fn install<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     }
 }
 
-/// Blocks that each thread would get if all were equally quick.
-const BLOCKS: usize = 4;
+/// Blocks that each thread would get if all were equally quick. More cost more than they even out.
+const BLOCKS: usize = 2;
 /// How often the caller looks whether the others have finished before it sleeps until they have: some ten microseconds, about what
 /// being woken takes.
 const LOOKS: usize = 1_000;

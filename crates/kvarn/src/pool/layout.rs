@@ -134,7 +134,7 @@ impl PoolLayout {
     /// If there is no such slot, head or side.
     pub fn slot_at(&self, layer: &Layer, slot: usize, head: usize, side: usize) -> (usize, usize) {
         assert!(slot < self.slots && head < layer.shape.kv_heads && side < 2);
-        let bytes = layer.slot_bytes / layer.shape.kv_heads / 2;
+        let bytes = self.config.group() * layer.shape.head_dim * self.slot_type.bytes();
         (layer.slots_at + ((slot * layer.shape.kv_heads + head) * 2 + side) * bytes, bytes)
     }
 }
