@@ -128,18 +128,21 @@ impl NewTokens<'_> {
             owners.push((index, first..rows.len()));
         }
         self.store(&mut rows);
-        if rows.iter().all(|row| row.stored) {
-            return counts;
-        }
+        let mut again = Vec::new();
         for (index, range) in owners {
             // Heads of a sequence have as many rows each.
             let rows_of_head = (range.len() / heads).max(1);
             for (head, rows) in rows[range].chunks(rows_of_head).enumerate() {
                 if !rows.iter().all(|row| row.stored) {
-                    // Once more from the start: what of it must be counted is found there.
-                    counts += self.append_head(&plans[index], head);
+                    again.push((index, head));
                 }
             }
+        }
+        // What they refer to is written once more.
+        drop(rows);
+        for (index, head) in again {
+            // From the start: what must be counted is found there.
+            counts += self.append_head(&plans[index], head);
         }
         counts
     }
