@@ -1,6 +1,7 @@
 //! Storing new keys and values of one KV head: rotate, write to slots, seal.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use kvarn::codec::{EncodeCounts, Rotation, SlotType, TileEncoder, finite, round_to_slot};
 use kvarn::pool::Layer;
@@ -12,7 +13,7 @@ use crate::dtype::{load, slot_dtype, store};
 use crate::features::dispatch;
 use crate::lanes::BestTurn;
 use crate::pool::Pool;
-use crate::rows::{Row, load_rotated, serves, store_rotated};
+use crate::rows::{Run, load_rotated, serves, store_rotated};
 
 dispatch! {
     /// What is done to a row before it is stored: non-finite elements become 0, then it is rotated and rounded to the slot
@@ -89,60 +90,63 @@ impl NewTokens<'_> {
         !self.rotated && serves(self.layer.shape.head_dim)
     }
 
-    /// Adds the rows of a write: of each token K and V.
-    #[inline(always)]
-    fn rows<'a>(&'a self, head: usize, write: &SlotWrite, rows: &mut Vec<Row<'a>>) {
-        let bytes = self.layer.shape.head_dim * self.pool.layout().slot_type.bytes();
+    /// Adds the rows of a write, K and V of some heads: of each token in a run, or of each head, whichever is longer.
+    fn runs<'a>(&'a self, heads: &Range<usize>, write: &SlotWrite, runs: &mut Vec<Run<'a>>) {
+        let (layer, layout) = (self.layer, self.pool.layout());
+        let SlotWrite { slot, offset, row, count } = *write;
+        let [rows, kv_heads, head_dim] = self.k.shape();
+        assert!(heads.end <= kv_heads && row + count <= rows && offset + count <= layout.config.group());
+        let bytes = (head_dim * self.k.dtype().bytes(), head_dim * layout.slot_type.bytes());
+        // As rows of a slot lie.
+        let (token_bytes, head_bytes) = (bytes.1 as isize, (layer.slot_bytes / kv_heads) as isize);
         for (side, tensor) in [self.k, self.v].into_iter().enumerate() {
-            let base = self.pool.slot(self.layer, write.slot, head, side);
-            for index in 0..write.count {
-                // SAFETY: as in `Tile::write_slot`; the rows of a step are disjoint.
-                let to = unsafe {
-                    std::slice::from_raw_parts_mut(base.add((write.offset + index) * bytes), bytes)
-                };
-                rows.push(Row { from: tensor.row(write.row + index, head), to, stored: false });
+            let [token_step, head_step] = tensor.steps();
+            let mut run = |(token, head): (usize, usize), from_step, to_step, count| {
+                let from = tensor.row(row + token, head).as_ptr();
+                let to = self.pool.slot(layer, slot, head, side).wrapping_add((offset + token) * bytes.1);
+                // SAFETY: tokens and heads of a run lie within the tensors, which are of one shape and type, and within the slot, as
+                // asserted. The rows of a step are disjoint, and this call is the only one of the step that writes them.
+                runs.push(unsafe { Run::new((from, from_step), (to, to_step), bytes, count) });
+            };
+            if count < heads.len() {
+                (0..count).for_each(|token| run((token, heads.start), head_step, head_bytes, heads.len()));
+            } else {
+                heads.clone().for_each(|head| run((0, head), token_step, token_bytes, count));
             }
         }
     }
 
-    fn store(&self, rows: &mut [Row<'_>]) {
-        store_rotated(rows, self.k.dtype(), self.pool.layout().slot_type);
+    fn store(&self, runs: &mut [Run<'_>]) {
+        store_rotated(runs, self.layer.shape.head_dim, self.k.dtype(), self.pool.layout().slot_type);
     }
 
     /// Carries out the plans of sequences none of which has anything to seal.
     pub(crate) fn append_sequences(&self, plans: &[SequencePlan]) -> EncodeCounts {
-        let heads = self.layer.shape.kv_heads;
-        let (mut counts, mut rows, mut owners) = (EncodeCounts::default(), vec![], vec![]);
-        rows.reserve(2 * heads * plans.len());
-        for (index, plan) in plans.iter().enumerate() {
-            // What is copied to a slot comes before what is written to it.
-            let straight = self.straight() && plan.copy.is_none();
-            let first = rows.len();
-            for head in 0..heads {
-                if straight {
-                    plan.writes.iter().for_each(|write| self.rows(head, write, &mut rows));
-                } else {
-                    counts += self.append_head(plan, head);
-                }
+        let heads = 0..self.layer.shape.kv_heads;
+        // What is copied to a slot comes before what is written to it.
+        let straight = |plan: &SequencePlan| self.straight() && plan.copy.is_none();
+        let mut runs = Vec::with_capacity(2 * plans.len());
+        let mut ends = Vec::with_capacity(plans.len());
+        for plan in plans {
+            if straight(plan) {
+                plan.writes.iter().for_each(|write| self.runs(&heads, write, &mut runs));
             }
-            owners.push((index, first..rows.len()));
+            ends.push(runs.len());
         }
-        self.store(&mut rows);
-        let mut again = Vec::new();
-        for (index, range) in owners {
-            // Heads of a sequence have as many rows each.
-            let rows_of_head = (range.len() / heads).max(1);
-            for (head, rows) in rows[range].chunks(rows_of_head).enumerate() {
-                if !rows.iter().all(|row| row.stored) {
-                    again.push((index, head));
-                }
+        self.store(&mut runs);
+        let (mut again, mut first) = (vec![], 0);
+        for (plan, end) in plans.iter().zip(ends) {
+            if !straight(plan) || !runs[first..end].iter().all(|run| run.stored) {
+                again.push(plan);
             }
+            first = end;
         }
         // What they refer to is written once more.
-        drop(rows);
-        for (index, head) in again {
+        drop(runs);
+        let mut counts = EncodeCounts::default();
+        for plan in again {
             // From the start: what must be counted is found there.
-            counts += self.append_head(&plans[index], head);
+            heads.clone().for_each(|head| counts += self.append_head(plan, head));
         }
         counts
     }
@@ -178,12 +182,12 @@ impl NewTokens<'_> {
                 tile.write_slot(pool, layer, head, (to, 0, pool.layout().config.group()));
             }
             for write in &plan.writes {
-                let mut rows = vec![];
+                let mut runs = vec![];
                 if self.straight() {
-                    self.rows(head, write, &mut rows);
-                    self.store(&mut rows);
+                    self.runs(&(head..head + 1), write, &mut runs);
+                    self.store(&mut runs);
                 }
-                if !self.straight() || !rows.iter().all(|row| row.stored) {
+                if !self.straight() || !runs.iter().all(|run| run.stored) {
                     counts += read(tile, write.offset, write.row, write.count);
                     tile.write_slot(pool, layer, head, (write.slot, write.offset, write.count));
                 }

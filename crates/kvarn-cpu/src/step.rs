@@ -54,14 +54,14 @@ impl Step {
             |at| Ok(check_rows(at, slot_type, plan.tokens, k.description(), v.description())?),
             |at| {
                 let heads = at.shape.kv_heads;
-                let sum = |mut a: EncodeCounts, b| {
-                    a += b;
-                    a
-                };
                 let tokens = NewTokens { pool: &self.pool, layer: at, k, v, rotated };
                 let sequences = &plan.sequences;
                 let seals = sequences.iter().any(|sequence| !sequence.seals.is_empty());
                 let counts = if seals {
+                    let sum = |mut a: EncodeCounts, b| {
+                        a += b;
+                        a
+                    };
                     let counts = |index: usize| tokens.append_head(&sequences[index / heads], index % heads);
                     let indices = 0..sequences.len() * heads;
                     install(|| indices.into_par_iter().map(counts).reduce(EncodeCounts::default, sum))
@@ -69,9 +69,7 @@ impl Step {
                     let part = |part: Range<usize>| tokens.append_sequences(&sequences[part]);
                     // A row takes less time than handing it to another thread.
                     let few = plan.tokens * heads <= FEW_ROWS;
-                    let parts =
-                        if few { vec![part(0..sequences.len())] } else { share(sequences.len(), part) };
-                    parts.into_iter().fold(EncodeCounts::default(), sum)
+                    if few { part(0..sequences.len()) } else { share(sequences.len(), part) }
                 };
                 self.pool.core().count(counts);
                 Ok(counts)

@@ -71,6 +71,12 @@ impl TensorRef<'_> {
         unsafe { load(self.dtype, self.row(i, j).as_ptr(), out) }
     }
 
+    /// Bytes from row (`i`, `j`) to (`i + 1`, `j`) and to (`i`, `j + 1`).
+    pub(crate) const fn steps(&self) -> [isize; 2] {
+        let bytes = self.dtype.bytes() as isize;
+        [self.strides[0] * bytes, self.strides[1] * bytes]
+    }
+
     /// The bytes of row (`i`, `j`).
     pub(crate) fn row(&self, i: usize, j: usize) -> &[u8] {
         assert!(i < self.shape[0] && j < self.shape[1]);

@@ -1,6 +1,6 @@
 //! The threads of this backend: `KVARN_NUM_THREADS` of them, by default one per core.
 
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -32,34 +32,37 @@ const BLOCKS: usize = 2;
 const LOOKS: usize = 1_000;
 
 /// Cuts `0..count` into blocks, which the caller and the threads take one after the other, and returns what `work` makes of
-/// them, in no order. What a thread that wakes late has not taken, the caller does.
-pub(crate) fn share<R: Send>(count: usize, work: impl Fn(Range<usize>) -> R + Sync) -> Vec<R> {
+/// them, summed up in no order. What a thread that wakes late has not taken, the caller does.
+pub(crate) fn share<R: Default + AddAssign + Send>(
+    count: usize,
+    work: impl Fn(Range<usize>) -> R + Sync,
+) -> R {
     let pool = pool();
     let threads = pool.as_ref().map_or(1, |pool| pool.current_num_threads()).min(count).max(1);
     let block = count.div_ceil(BLOCKS * threads).max(1);
     let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let blocks = || {
-        let mut results = Vec::new();
+        let mut sum = R::default();
         loop {
             let first = next.fetch_add(block, Ordering::Relaxed);
             if first >= count {
-                return results;
+                return sum;
             }
-            results.push(work(first..(first + block).min(count)));
+            sum += work(first..(first + block).min(count));
         }
     };
-    let mut results: Vec<Vec<R>> = (0..threads).map(|_| Vec::new()).collect();
-    let (ours, others) = results.split_first_mut().expect("one part at least");
+    let mut sums: Vec<R> = (1..threads).map(|_| R::default()).collect();
+    let mut sum = R::default();
     match pool {
-        Some(pool) if !others.is_empty() => pool.in_place_scope(|scope| {
-            let (blocks, finished, spawned) = (&blocks, &finished, others.len());
-            for result in others {
+        Some(pool) if threads > 1 => pool.in_place_scope(|scope| {
+            let (blocks, finished, spawned) = (&blocks, &finished, sums.len());
+            for sum in &mut sums {
                 scope.spawn(move |_| {
-                    *result = blocks();
+                    *sum = blocks();
                     finished.fetch_add(1, Ordering::Release);
                 });
             }
-            *ours = blocks();
+            sum = blocks();
             for _ in 0..LOOKS {
                 if finished.load(Ordering::Acquire) == spawned {
                     break;
@@ -67,9 +70,12 @@ pub(crate) fn share<R: Send>(count: usize, work: impl Fn(Range<usize>) -> R + Sy
                 std::hint::spin_loop();
             }
         }),
-        _ => *ours = blocks(),
+        _ => sum = blocks(),
     }
-    results.into_iter().flatten().collect()
+    for other in sums {
+        sum += other;
+    }
+    sum
 }
 
 /// The threads; none if there are none to be had.
