@@ -2,7 +2,8 @@
 
 - encode: tile pairs (one of K, one of V) per second of `kvarn.encode`, from float32 tiles.
 - seal: the same of a pool, whole tiles of one long step, from float16 rows.
-- append: one token for each of 64 sequences, nothing sealed: µs a layer.
+- append: one token for each of 64 sequences, nothing sealed: µs a layer, step after step.
+- append cold: the same, each step behind a read of 256 MB.
 - fill: the same token fills a tile of every sequence: µs a layer.
 
 Head dim 128. Encode and seal with and without refit, with one thread and with two; each number of threads in
@@ -12,18 +13,20 @@ a process of its own, as kvarn takes its threads once. Medians.
 import multiprocessing
 import statistics
 import sys
-import time
 
 import kvarn
+import numpy as np
 import torch
 from cpu import processor, tables
-from cpu.timing import seconds_of
+from cpu.timing import COLD_BYTES, seconds_of
 from gpu.filled import FilledPool
 from gpu.report import Report, parser
 from gpu.shapes import PRESETS
 
 HEAD_DIM, KV_HEADS = 128, 8
 SEQUENCES, LAYERS = 64, 32
+# Steps of append that are measured, and those before them, until caches hold what they can.
+STEPS, WARM_STEPS = 40, 12
 
 
 def pairs_per_s(preset, refit, pairs, runs):
@@ -35,22 +38,30 @@ def pairs_per_s(preset, refit, pairs, runs):
     return pairs / statistics.median(seconds_of(lambda: kvarn.encode(k, v, cfg)) for _ in range(runs))
 
 
-def append_us(preset, length, sequences, layers, runs):
+def append_us(preset, length, sequences, layers, steps, warm_steps=0, cold=False):
     """Median µs of append in one layer, of one token for each sequence of `length` tokens.
 
     The first layer, which takes the step's pages and slots, is not measured.
+
+    Args:
+        steps: steps that are measured.
+        warm_steps: steps before these.
+        cold: read other memory before each step.
     """
     cfg = kvarn.Config(preset, head_dim=HEAD_DIM)
     filled = FilledPool(cfg, [length] * sequences, kv_heads=KV_HEADS, layers=1 + layers, device="cpu")
     k, v = filled.rows(sequences), filled.rows(sequences)
+    # NumPy reads with one thread, and leaves none that looks for more work.
+    other = np.ones(COLD_BYTES // 4, np.float32) if cold else np.ones(0)
     times = []
-    for _ in range(runs):
+    for number in range(warm_steps + steps):
         step = filled.step(1)
+        other.sum()
         step.append(0, k, v)
         for layer in range(1, 1 + layers):
-            start = time.perf_counter()
-            step.append(layer, k, v)
-            times.append(time.perf_counter() - start)
+            seconds = seconds_of(lambda step=step, layer=layer: step.append(layer, k, v))
+            if number >= warm_steps:
+                times.append(seconds)
         step.abandon()
     return statistics.median(times) * 1e6
 
@@ -90,9 +101,9 @@ def encode_rows(report, processes, arguments, pairs):
                         )
 
 
-def append_row(report, processes, kind, length, arguments, sequences, layers):
-    preset, threads = arguments.append_preset, max(processes)
-    us = processes[threads].apply(append_us, (preset, length, sequences, layers, arguments.runs))
+def append_row(report, processes, kind, preset, sequences, **settings):
+    threads = max(processes)
+    us = processes[threads].apply(append_us, (preset,), dict(settings, sequences=sequences))
     report.row(
         f"{kind} {preset} threads {threads}: a token of {sequences} sequences: {us:.1f} µs a layer",
         kind=kind,
@@ -121,14 +132,17 @@ def main():
     processes = {threads: context.Pool(1, processor.use_threads, (threads,)) for threads in arguments.threads}
     encode_rows(report, processes, arguments, pairs)
     group = kvarn.Config(arguments.append_preset, head_dim=HEAD_DIM).group
-    append_layers, fill_layers = (2, 1) if arguments.small else (LAYERS, 2)
+    steps, warm_steps, layers = (2, 1, 2) if arguments.small else (STEPS, WARM_STEPS, LAYERS)
     # Half a tile behind the sinks, or all of it but one token.
-    for kind, length, layers in (
-        ("append", group + group // 2, append_layers),
-        ("fill", 2 * group - 1, fill_layers),
-    ):
+    half = {"length": group + group // 2, "layers": layers, "steps": steps}
+    settings = {
+        "append": dict(half, warm_steps=warm_steps),
+        "append cold": dict(half, cold=True),
+        "fill": {"length": 2 * group - 1, "layers": min(layers, 2), "steps": arguments.runs},
+    }
+    for kind, of_kind in settings.items():
         with report.part(kind):
-            append_row(report, processes, kind, length, arguments, sequences, layers)
+            append_row(report, processes, kind, arguments.append_preset, sequences, **of_kind)
     for process in processes.values():
         process.close()
         process.join()

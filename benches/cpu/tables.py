@@ -109,13 +109,14 @@ def encode(run):
     appended = [
         [row["kind"], short(row["preset"]), row["sequences"], row["row_threads"], f"{row['us']:.1f}"]
         for row in run["rows"]
-        if row["kind"] in ("append", "fill")
+        if row["kind"] in ("append", "append cold", "fill")
     ]
     return [
         "Tile pairs a second, in brackets for each thread. Encode: `kvarn.encode`, from float32 tiles. Seal: "
         "append of a pool, whole tiles of one long step, from float16 rows.",
         grid(["", "preset", "D", *header], lines, text=2),
-        "Append: one token for each sequence, nothing sealed. Fill: that token fills a tile of each.",
+        "Append: one token for each sequence, nothing sealed, one step after the other; cold: each step "
+        "behind a read of 256 MB. Fill: that token fills a tile of each.",
         grid(["", "preset", "sequences", "threads", "µs a layer"], appended, text=2),
     ]
 

@@ -21,7 +21,7 @@ from gpu.shapes import Shape
 BENCHES = cpu_table.HERE
 KINDS = {
     "cpu_attention": {"decode", "growth", "prefill", "expand"},
-    "cpu_encode": {"encode", "seal", "append", "fill"},
+    "cpu_encode": {"encode", "seal", "append", "append cold", "fill"},
     "cpu_generate": {"decode", "compare"},
 }
 
