@@ -115,8 +115,8 @@ def encode(run):
         "Tile pairs a second, in brackets for each thread. Encode: `kvarn.encode`, from float32 tiles. Seal: "
         "append of a pool, whole tiles of one long step, from float16 rows.",
         grid(["", "preset", "D", *header], lines, text=2),
-        "Append: one token for each sequence, nothing sealed, one step after the other; cold: each step "
-        "behind a read of 256 MB. Fill: that token fills a tile of each.",
+        "Append: one token for each sequence, nothing sealed, one step after the other, the first of a "
+        "process not counted; cold: each step behind a read of 256 MB. Fill: the token fills a tile of each.",
         grid(["", "preset", "sequences", "threads", "µs a layer"], appended, text=2),
     ]
 

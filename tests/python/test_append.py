@@ -19,7 +19,7 @@ def bad_rows(rng, tokens, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("counts", [[1] * SEQUENCES, [1, 0, 3, 2] * (SEQUENCES // 4)])
+@pytest.mark.parametrize("counts", [[1] * SEQUENCES, [1, 0, 3, 2, KV_HEADS + 1] * (SEQUENCES // 5)])
 def test_what_must_be_counted_does_not_touch_other_rows(counts, head_dim, dtype):
     cfg = Config("kvarn_k4v2_g64", head_dim=head_dim)
     k, v = bad_rows(np.random.default_rng(1), sum(counts), head_dim, dtype)
